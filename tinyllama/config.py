@@ -1,0 +1,278 @@
+"""LlamaConfig: the numbers of config.json that define a Llama, validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama.errors import InputError
+
+# Fields of config.json with no effect on the forward pass: about the file, training or generation defaults.
+IGNORED = frozenset(
+    [
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "auto_map",
+        "custom_pipelines",
+        "do_sample",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "is_llama_config",
+        "label2id",
+        "max_length",
+        "max_new_tokens",
+        "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "repetition_penalty",
+        "return_dict",
+        "temperature",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    ]
+)
+
+# Fields with one value that is implemented. Another would change the computation, so it is refused.
+FIXED: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+    "quantization_config": None,
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of low RoPE frequencies (`rope_type: llama3`); see `rope.inverse_frequencies`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama, under config.json's own names; the defaults are TinyLlama-1.1B's.
+
+    Letters used for shapes everywhere: B batch, T queries (new tokens), S keys (cached and new),
+    H query heads, K KV heads, G = H/K, D head_dim, C hidden size, F MLP size, L layers, V vocabulary.
+    """
+
+    vocab_size: int = 32000  # V
+    hidden_size: int = 2048  # C
+    intermediate_size: int = 5632  # F
+    num_hidden_layers: int = 22  # L
+    num_attention_heads: int = 32  # H
+    num_key_value_heads: int = 4  # K
+    head_dim: int = 64  # D
+    max_position_embeddings: int = 2048  # context length in tokens
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self) -> None:
+        """Refuse a shape that cannot be computed."""
+        _check(self)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end a text; Llama 3 has several."""
+        ids = self.eos_token_id
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters per part of the model, from the shape alone; a tied head counts once, as embedding."""
+        C, F, D = self.hidden_size, self.intermediate_size, self.head_dim
+        H, K, L = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        return {
+            "embedding": self.vocab_size * C,
+            "attention": L * (2 * H + 2 * K) * D * C,
+            "mlp": L * 3 * F * C,
+            "norms": (2 * L + 1) * C,
+            "head": 0 if self.tie_word_embeddings else self.vocab_size * C,
+        }
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> LlamaConfig:
+        """Read a checkpoint folder's config.json.
+
+        Where generation_config.json names EOS ids, those hold, as in transformers' `generate`: Llama 3's
+        chat models list their end-of-turn token only there.
+
+        Raises:
+            InputError: a file is missing or malformed, or a field has a value this code does not implement.
+        """
+        path = Path(folder) / "config.json"
+        values = read_json(path)
+        generation = Path(folder) / "generation_config.json"
+        if generation.is_file():
+            values["eos_token_id"] = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
+        return cls.from_dict(values, where=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> LlamaConfig:
+        """Build a config from config.json's fields, in the spelling of transformers 4 or 5.
+
+        An absent optional field takes transformers' default. Every field is either used, known to have no
+        effect, or refused by name.
+
+        Raises:
+            InputError: a field is missing, unknown, of the wrong type or unsupported.
+        """
+        try:
+            return cls(**_fields(values))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: there is no such file, or it does not hold a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; a checkpoint folder needs it, download it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}; download it again")
+    return values
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of LlamaConfig that the fields of a config.json stand for."""
+    architectures = values.get("architectures") or ["LlamaForCausalLM"]
+    if "LlamaForCausalLM" not in architectures:
+        raise InputError(
+            f"architectures: expected LlamaForCausalLM, got {architectures}; only Llama models work"
+        )
+    for name, expected in FIXED.items():
+        if values.get(name, expected) not in (expected, None):
+            raise InputError(
+                f"{name}: only {expected!r} is implemented, got {values[name]!r}; use another model"
+            )
+
+    used = {field.name for field in dataclasses.fields(LlamaConfig)}
+    unknown = sorted(values.keys() - used - IGNORED - FIXED.keys() - {"architectures", "rope_parameters"})
+    if unknown:
+        raise InputError(
+            f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"
+        )
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"missing field(s) {', '.join(missing)}; is this the config.json of a Llama model?")
+
+    fields = {name: values[name] for name in used & values.keys()}
+    heads = _integer("num_attention_heads", values["num_attention_heads"])
+    if fields.get("num_key_value_heads") is None:
+        fields["num_key_value_heads"] = heads
+    if fields.get("head_dim") is None:
+        fields["head_dim"] = _integer("hidden_size", values["hidden_size"]) // heads
+    fields.setdefault("rms_norm_eps", 1e-6)
+    return fields | _rope(values)
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from transformers 5's `rope_parameters` or 4's two fields."""
+    rope = values.get("rope_parameters")
+    if rope is None:
+        rope = {**(values.get("rope_scaling") or {}), "rope_theta": values.get("rope_theta", 10000.0)}
+    if not isinstance(rope, dict):
+        raise InputError(f"rope_parameters: expected an object, got {rope!r}; download config.json again")
+    if values.get("rope_theta", rope.get("rope_theta")) != rope.get("rope_theta"):
+        raise InputError("rope_theta and rope_parameters disagree; remove the wrong one from the file")
+
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("partial_rotary_factor: only 1.0 is implemented; use another model")
+    if kind not in ("default", "llama3"):
+        raise InputError(
+            f"RoPE type: only 'default' and 'llama3' are implemented, got {kind!r}; use another model"
+        )
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    names = {field.name for field in dataclasses.fields(RopeScaling)}
+    if rope.keys() != names:
+        raise InputError(f"llama3 RoPE: expected the fields {sorted(names)}, got {sorted(rope)}")
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**rope)}
+
+
+def _integer(name: str, value: Any) -> int:
+    # bool is a subclass of int, and `true` is no layer count.
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{name}: expected a positive integer, got {value!r}; correct the file")
+    return value
+
+
+def _positive(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{name}: expected a positive finite number, got {value!r}; correct the file")
+
+
+def _check(config: LlamaConfig) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ):
+        _integer(name, getattr(config, name))
+    _positive("rms_norm_eps", config.rms_norm_eps)
+    _positive("rope_theta", config.rope_theta)
+    if config.rope_scaling is not None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _positive(f"rope_scaling.{name}", getattr(config.rope_scaling, name))
+        _integer(
+            "rope_scaling.original_max_position_embeddings",
+            config.rope_scaling.original_max_position_embeddings,
+        )
+        if config.rope_scaling.high_freq_factor <= config.rope_scaling.low_freq_factor:
+            raise InputError("rope_scaling: high_freq_factor must exceed low_freq_factor; correct the file")
+    if not isinstance(config.tie_word_embeddings, bool):
+        raise InputError(f"tie_word_embeddings: expected true or false, got {config.tie_word_embeddings!r}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({config.num_key_value_heads}); correct the file"
+        )
+    if config.head_dim % 2:
+        raise InputError(f"head_dim: RoPE rotates pairs, so it must be even, got {config.head_dim}")
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for name, value in [("bos_token_id", config.bos_token_id), *(("eos_token_id", value) for value in eos)]:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InputError(f"{name}: expected an integer id, got {value!r}; correct the file")

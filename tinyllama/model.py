@@ -1,0 +1,135 @@
+"""The Llama forward pass, top to bottom: ids -> embeddings -> L blocks -> norm -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyllama.attention import Attention, Kernel, Tap, Visibility
+from tinyllama.cache import KVCache
+from tinyllama.config import LlamaConfig
+from tinyllama.rope import RotaryEmbedding
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467): LayerNorm without mean and bias."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis; (..., C) -> (..., C)."""
+        # float32 at least: float16 squares overflow at 256, bfloat16 ones lose the mean.
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and eps, for print(model)."""
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): SwiGLU (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        C, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, F, bias=False)
+        self.up_proj = nn.Linear(C, F, bias=False)
+        self.down_proj = nn.Linear(F, C, bias=False)
+        self.product = Tap()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token on its own; (B, T, C) -> (B, T, C)."""
+        return self.down_proj(self.product(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention moves information between tokens, the MLP works on each."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        """Add to the residual stream `x`, (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, visible, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A Llama language model; its parameters carry the names of official checkpoints less `model.`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits for the token after each of the given ones.
+
+        Args:
+            ids: (B, T) token ids.
+            cache: holds the keys and values of earlier positions and takes the new ones, in place. None: the
+                T tokens are the whole text, and the pass is differentiable.
+            positions: (B, T), each token's position in its row; -1 marks padding. None: 0 to T - 1.
+
+        Returns:
+            (B, T, V) logits.
+        """
+        return self.lm_head(self.hidden_states(ids, cache, positions))
+
+    def hidden_states(
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """The normalised residual stream that `lm_head` reads, (B, T, C); arguments as in `forward`.
+
+        Generation needs the logits of the last position alone, and V is large.
+        """
+        T = ids.shape[1]
+        # Then the mask is a lower triangle, which fused kernels can do without a mask.
+        causal = positions is None and (cache is None or cache.visible == T)
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand_as(ids)
+        x = self.embed_tokens(ids)  # (B, T, C)
+        rotation = self.rotary(positions, x.dtype)
+        visible = Visibility.of(positions, cache, causal)
+        for block in self.layers:
+            x = block(x, rotation, visible, cache)
+        return self.norm(x)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""
+        weight = self.embed_tokens.weight
+        return KVCache(self.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+
+    def set_attention(self, kernel: Kernel, layers: Iterable[int] | None = None) -> None:
+        """Let the given layers (None: all) attend by `kernel`."""
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        for layer in range(len(attentions)) if layers is None else layers:
+            attentions[layer].kernel = kernel
+
+    def tie_weights(self) -> None:
+        """Where the config says so, let the head be the embedding: one tensor, two names."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def num_parameters(self) -> int:
+        """How many numbers were trained; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())

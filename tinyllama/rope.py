@@ -1,0 +1,97 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, arXiv:2104.09864).
+
+Dimension pair i of a query or key is turned by the angle position * theta^(-2i/D). Turning both by their own
+positions leaves q.k dependent on the distance between them alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tinyllama.config import LlamaConfig
+
+
+def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Radians per position for each of the D/2 dimension pairs: theta^(-2i/D).
+
+    With Llama 3.1's scaling (`rope_type: llama3`; Meta's llama-models, `apply_scaling`) a pair whose
+    wavelength exceeds the original context turns `factor` times slower, one well within it keeps its speed,
+    and between the two borders the speed is interpolated.
+
+    Returns:
+        (D/2,) on the CPU. The order of operations is transformers', so that float32 agrees to the bit.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").to(dtype) / D
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+
+    low, high, context = (
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position_embeddings,
+    )
+    wavelengths = 2 * math.pi / frequencies
+    slowed = frequencies / scaling.factor
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * slowed + smooth * frequencies
+    return torch.where(
+        wavelengths > context / low, slowed, torch.where(wavelengths < context / high, frequencies, between)
+    )
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosines and sines of every position's angles."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Not buffers: model.to(bfloat16) would round a buffer (logits moved by 0.07), and a model made on the
+        # meta device would leave it empty. float64 models turn by float64 angles.
+        self.frequencies = self._on(torch.device("cpu"))
+
+    def _on(self, device: torch.device) -> dict[torch.dtype, Tensor]:
+        return {
+            dtype: inverse_frequencies(self.config, dtype).to(device)
+            for dtype in (torch.float32, torch.float64)
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        # Called by .to(), .cuda() and the like: the table follows the model to a device, never to a dtype.
+        self.frequencies = self._on(fn(torch.empty(0)).device)
+        return super()._apply(fn, recurse)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of each position's angles.
+
+        Args:
+            positions: (B, T) integers.
+            dtype: of the result. The angles are computed in float32 at least: in bfloat16, position 257
+                would be position 256.
+
+        Returns:
+            cos and sin, each (B, 1, T, D/2): one rotation for all heads.
+        """
+        working = torch.promote_types(dtype, torch.float32)
+        angles = positions[:, None, :, None].to(working) * self.frequencies[working]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each dimension pair of `x` by its angle.
+
+    The Hugging Face layout pairs dimension i with i + D/2; Meta's original checkpoints pair 2i with 2i + 1.
+
+    Args:
+        x: (B, heads, T, D).
+        cos: (B, 1, T, D/2).
+        sin: (B, 1, T, D/2).
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
