@@ -1,0 +1,258 @@
+"""Prompt ids in, new ids out: prefill, decode steps, the rules for stopping, streams and batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tinyllama.cache import KVCache
+from tinyllama.errors import InputError
+from tinyllama.model import Llama
+from tinyllama.sampler import Sampler
+from tinyllama.tokenizer import Tokenizer
+
+# Tokens of a prompt that go through the model at once: enough to keep the matrix units busy, few enough that
+# the attention scores of a long prompt (T x S for every head) stay small.
+PREFILL_CHUNK = 512
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    eos_ids: Iterable[int] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt; greedy unless a temperature is given.
+
+    Args:
+        model: the model.
+        prompts: ids of each prompt; lengths may differ.
+        max_new_tokens: at most this many for each; the context length is a limit too.
+        temperature: see `Sampler`.
+        top_k: see `Sampler`; transformers' `generate` has 50 by default.
+        top_p: see `Sampler`.
+        repetition_penalty: see `Sampler`.
+        seed: see `Sampler`. One draw serves the whole batch, so a row's tokens depend on its companions.
+        eos_ids: ids that end a text; None takes the checkpoint's, () lets every text run to its limit.
+
+    Returns:
+        For each prompt its new ids, EOS included.
+
+    Raises:
+        InputError: a setting or a prompt cannot be used.
+        NonFiniteLogitsError: the model gave NaN or infinite logits.
+    """
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
+    ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
+    limits = [_limit(model, prompt, max_new_tokens) for prompt in prompts]
+    rows: list[list[int]] = [[] for _ in prompts]
+    open_rows = {row for row, limit in enumerate(limits) if limit > 0}
+    if not open_rows:
+        return rows
+    cache = model.new_cache(
+        len(prompts), max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    )
+    for chosen in _steps(model, prompts, sampler, cache):
+        for row in sorted(open_rows):
+            rows[row].append(chosen[row])
+            if chosen[row] in ends or len(rows[row]) == limits[row]:
+                open_rows.remove(row)
+        if not open_rows:
+            break
+    return rows
+
+
+def stream(
+    model: Llama,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    eos_ids: Iterable[int] | None = None,
+    cache: KVCache | None = None,
+    cached: int = 0,
+) -> TokenStream:
+    """Continue one prompt, token by token: each id comes as soon as it is chosen.
+
+    Args as in `generate`, and:
+        cache: keys and values to use and extend, of the context's capacity; None makes one.
+        cached: how many of the first ids it holds already, less than all.
+
+    Raises:
+        InputError: a setting or the prompt cannot be used; at once, not at the first token.
+    """
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
+    ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
+    limit = _limit(model, ids, max_new_tokens)
+    cache = cache or model.new_cache(1, len(ids) + limit)
+    return TokenStream(_steps(model, [ids], sampler, cache, cached), limit, ends)
+
+
+class TokenStream(Iterator[int]):
+    """Ids as they are chosen; leave the loop at any time.
+
+    Attributes:
+        reason: why it ended: "eos", or "length" (max_new_tokens or the context is full); None before the end.
+        seconds: what each id took; the first includes the prefill.
+    """
+
+    def __init__(self, steps: Iterator[list[int]], limit: int, eos_ids: frozenset[int]) -> None:
+        self.reason: str | None = None
+        self.seconds: list[float] = []
+        self._steps, self._left, self._eos_ids = steps, limit, eos_ids
+
+    def __next__(self) -> int:
+        """The next id."""
+        if self._left == 0:
+            self.reason = self.reason or "length"
+            raise StopIteration
+        start = time.perf_counter()
+        (token,) = next(self._steps)
+        self.seconds.append(time.perf_counter() - start)
+        self._left -= 1
+        if token in self._eos_ids:
+            self.reason, self._left = "eos", 0
+        return token
+
+
+class TextReply(Iterator[str]):
+    """The text of a token stream, in pieces that are certain: whole characters, no part of a stop string.
+
+    Attributes:
+        ids: the new ids so far.
+        reason: as in TokenStream, or "stop" at a stop string, which is left out of the text.
+    """
+
+    def __init__(
+        self, tokens: TokenStream, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = ()
+    ) -> None:
+        if not all(stop):
+            raise InputError("stop: expected non-empty strings, got ''")
+        self.ids: list[int] = []
+        self.reason: str | None = None
+        self._tokens, self._stop, self._held = tokens, stop, ""
+        self._text = tokenizer.stream(context)
+
+    def __next__(self) -> str:
+        """The next piece, not empty."""
+        while self.reason is None:
+            token = next(self._tokens, None)
+            if token is None:
+                self.reason = self._tokens.reason
+                self._held += self._text.flush()
+            else:
+                self.ids.append(token)
+                self._held += self._text.feed(token)
+            if piece := self._release():
+                return piece
+        raise StopIteration
+
+    def rest(self) -> str:
+        """The text held back as the possible start of a stop string, for a caller who leaves early."""
+        piece, self._held = self._held, ""
+        return piece
+
+    def _release(self) -> str:
+        """What of the held text is certain; the rest may be the start of a stop string."""
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        keep = 0
+        if found:
+            self.reason = "stop"
+            self._held = self._held[: min(found)]
+        elif self.reason is None:
+            starts = {stop[:n] for stop in self._stop for n in range(1, len(stop))}
+            keep = max((len(start) for start in starts if self._held.endswith(start)), default=0)
+        cut = len(self._held) - keep
+        piece, self._held = self._held[:cut], self._held[cut:]
+        return piece
+
+
+@torch.inference_mode()
+def prefill(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    cached: int = 0,
+    chunk: int = PREFILL_CHUNK,
+) -> Tensor:
+    """Put prompts into the cache and return the logits for each one's next token, (B, V).
+
+    Args:
+        model: the model.
+        prompts: ids of each row. Shorter rows are padded on the left, so that all end in the last column;
+            padding has position -1, which no query sees.
+        cache: takes the keys and values.
+        cached: how many leading columns it holds already; for rows of one length.
+        chunk: columns that go through the model at once.
+    """
+    device = cache.keys.device
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=device)
+    columns = torch.arange(length, device=device) - torch.tensor(padding, device=device)[:, None]
+    positions = columns.clamp(min=-1)  # (B, length)
+    for start in range(cached, length, chunk):
+        end = min(start + chunk, length)
+        # Without positions the model knows that the mask is a plain triangle.
+        given = None if start == 0 and not any(padding) else positions[:, start:end]
+        hidden = model.hidden_states(ids[:, start:end], cache.upto(end), given)
+    return model.lm_head(hidden[:, -1])
+
+
+@torch.inference_mode()
+def _steps(
+    model: Llama, prompts: Sequence[Sequence[int]], sampler: Sampler, cache: KVCache, cached: int = 0
+) -> Iterator[list[int]]:
+    """Each step's chosen id for every row, without end; rows that are done go on and are to be ignored."""
+    device = cache.keys.device
+    generator = sampler.generator(device)
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,), of the next token
+    longest = max(map(len, prompts))
+    seen = _seen(prompts, model.config.vocab_size, device)
+    logits = prefill(model, prompts, cache, cached)
+    while True:
+        chosen = sampler.choose(logits, generator, seen)  # (B,)
+        yield chosen.tolist()
+        seen.scatter_(1, chosen[:, None], True)
+        longest = min(longest + 1, cache.capacity)
+        logits = model(chosen[:, None], cache.upto(longest), positions[:, None])[:, -1]
+        # A row that is done may reach the end of the cache before the others.
+        positions = (positions + 1).clamp(max=cache.capacity - 1)
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, list(prompt)] = True
+    return seen.to(device)
+
+
+def _limit(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """How many tokens may follow the prompt."""
+    config = model.config
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+    if len(prompt) == 0:
+        raise InputError("prompt: expected at least one id (BOS stands for an empty text), got none")
+    if not all(0 <= id < config.vocab_size for id in prompt):
+        raise InputError(
+            f"prompt: expected ids from 0 to {config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
+        )
+    if len(prompt) >= config.max_position_embeddings:
+        raise InputError(
+            f"prompt: {len(prompt)} tokens do not fit the context of {config.max_position_embeddings}; shorten it"
+        )
+    return min(max_new_tokens, config.max_position_embeddings - len(prompt))
