@@ -1,0 +1,50 @@
+"""Small shapes and models that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tinyllama.attention import KERNELS
+from tinyllama.config import LlamaConfig
+from tinyllama.model import Llama
+from tinyllama.parity.reference import unit_gain_
+
+TINY: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """Four layers, eight heads in two groups."""
+    return LlamaConfig.from_dict({**TINY, **changes})
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "eager", **changes: Any
+) -> Llama:
+    """A tiny model with unit-gain weights, under which every operation matters."""
+    model = unit_gain_(Llama(tiny_config(**changes)), seed).to(dtype).eval()
+    model.set_attention(KERNELS[attention])
+    return model
+
+
+def some_ids(batch: int, length: int, vocab_size: int = 320, seed: int = 0) -> torch.Tensor:
+    """(batch, length) random ids."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

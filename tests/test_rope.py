@@ -1,0 +1,95 @@
+"""RoPE against its defining properties, so that a wrong pairing, sign or frequency cannot pass."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig as ReferenceConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from tests.shapes import LLAMA3_SCALING, tiny_config, tiny_model
+from tinyllama.rope import RotaryEmbedding, inverse_frequencies, rotate
+
+CONFIG = tiny_config(head_dim=16)
+ROTARY = RotaryEmbedding(CONFIG)
+
+
+def turned(x, position):
+    cos, sin = ROTARY(torch.tensor([[position]]), torch.float64)
+    return rotate(x.view(1, 1, 1, -1), cos, sin).flatten()
+
+
+def vectors():
+    seed = st.integers(0, 2**31)
+    return seed.map(
+        lambda s: torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+    )
+
+
+@given(vectors(), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_score_depends_on_the_distance_alone(qk, m, n, shift):
+    q, k = qk
+    torch.testing.assert_close(
+        turned(q, m) @ turned(k, n), turned(q, m + shift) @ turned(k, n + shift), atol=1e-10, rtol=1e-12
+    )
+
+
+@given(vectors(), st.integers(0, 100000))
+def test_rotation_keeps_the_norm_and_is_the_identity_at_zero(qk, position):
+    q, _ = qk
+    torch.testing.assert_close(turned(q, position).norm(), q.norm(), atol=0, rtol=1e-12)
+    assert torch.equal(turned(q, 0), q)
+
+
+@given(vectors(), st.integers(0, 5000))
+def test_half_split_pairs_turn_as_complex_numbers(qk, position):
+    # Fails for Meta's interleaved pairing and for a flipped sign.
+    q, _ = qk
+    frequencies = torch.tensor([10000.0 ** (-2 * i / 16) for i in range(8)], dtype=torch.float64)
+    expected = torch.complex(q[:8], q[8:]) * torch.polar(
+        torch.ones(8, dtype=torch.float64), position * frequencies
+    )
+    torch.testing.assert_close(
+        turned(q, position), torch.cat((expected.real, expected.imag)), atol=1e-10, rtol=0
+    )
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_float32_frequencies_are_transformers_to_the_bit(scaling, theta):
+    config = tiny_config(head_dim=64, rope_theta=theta, rope_scaling=scaling)
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    reference = ReferenceConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=rope)
+    assert torch.equal(inverse_frequencies(config), LlamaRotaryEmbedding(reference).inv_freq)
+
+
+def test_llama3_scaling_slows_only_long_waves():
+    plain = inverse_frequencies(tiny_config(head_dim=64), torch.float64)
+    scaled = inverse_frequencies(tiny_config(head_dim=64, rope_scaling=LLAMA3_SCALING), torch.float64)
+    waves = 2 * math.pi / plain
+    assert torch.equal(scaled[waves < 32 / 4], plain[waves < 32 / 4])
+    torch.testing.assert_close(scaled[waves > 32], plain[waves > 32] / 8, rtol=1e-14, atol=0)
+    between = (waves > 8) & (waves < 32)
+    assert between.any()
+    assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()
+
+
+def test_angles_survive_a_cast_of_the_whole_model():
+    # A registered buffer would be rounded by .to(bfloat16): logits moved by 0.07.
+    model = tiny_model().to(torch.bfloat16)
+    positions = torch.arange(200)[None]
+    expected = RotaryEmbedding(model.config)(positions, torch.float32)
+    got = model.rotary(positions, torch.float32)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    assert not [name for name in model.state_dict() if "rotary" in name]
+
+
+def test_a_model_made_on_the_meta_device_has_its_angles():
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(CONFIG)
+    assert torch.equal(rotary.frequencies[torch.float32], ROTARY.frequencies[torch.float32])
+    moved = RotaryEmbedding(CONFIG).to("meta").to_empty(device="cpu")
+    assert torch.equal(moved.frequencies[torch.float64], ROTARY.frequencies[torch.float64])
