@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.linear import Linear
 from tinyllama.rope import rotate
 
 
@@ -137,10 +138,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = D
         self.kernel: Kernel = sdpa
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = Linear(C, config.num_attention_heads * D)
+        self.k_proj = Linear(C, config.num_key_value_heads * D)
+        self.v_proj = Linear(C, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, C)
         self.q_rot, self.k_rot = Tap(), Tap()
         self.scores, self.pattern, self.z = Tap(), Tap(), Tap()
 

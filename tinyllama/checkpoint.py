@@ -7,15 +7,18 @@ Everything is checked before memory is taken: paths, headers, names, shapes, dty
 from __future__ import annotations
 
 import json
+import math
 import os
-import stat
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinyllama.attention import kernel
 from tinyllama.config import LlamaConfig, read_json
@@ -25,6 +28,8 @@ from tinyllama.terminal import byte_progress
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[\w.-]+\.safetensors")
+PICKLES = (".bin", ".pth", ".pt")
 AGAIN = "download the checkpoint again"
 
 # 22 layers need 25 kB; parsing a legal 40 MB header took 2.8 s and 236 MB.
@@ -38,13 +43,14 @@ HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, its name there, dtype, shape, and size in bytes."""
+    """Where a tensor lies: its file, its name there, dtype, shape, and the bytes from `start` up to `end`."""
 
     path: Path
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    bytes: int
+    start: int
+    end: int
 
 
 def load_model(
@@ -56,7 +62,9 @@ def load_model(
 ) -> Llama:
     """Load a checkpoint folder.
 
-    Peak memory is one copy of the weights in `dtype` and one tensor as stored.
+    Peak memory is one copy of the weights in `dtype` and one tensor as stored. On the CPU, weights that are
+    stored in `dtype` are the file's own pages, mapped: replace such a file by renaming another over it, for
+    one that is cut short under a running model kills the process (SIGBUS).
 
     Args:
         folder: holds config.json and model.safetensors, or an index and its shards.
@@ -73,26 +81,32 @@ def load_model(
     stored = find_tensors(folder)
     _check_layers(config, stored, folder)
     _check_memory(sum(config.parameters.values()) * dtype.itemsize, device)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = Llama(config)
     _check_tensors(model, stored, folder)
 
-    state = {}
-    with byte_progress(f"loading {folder.name}", sum(tensor.bytes for tensor in stored.values())) as advance:
-        for name, tensor in stored.items():
-            state[name] = _read(tensor).to(device=device, dtype=dtype)
-            _check_finite(state[name], tensor)
-            advance(tensor.bytes)
+    with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
+        state = _read(stored, device, dtype, advance)
     if config.tie_word_embeddings:
         head = state.setdefault("lm_head.weight", state["embed_tokens.weight"])
         if not torch.equal(head, state["embed_tokens.weight"]):
             raise InputError(
-                f"{folder}: config.json ties lm_head to embed_tokens, but the file's differ; {AGAIN}"
+                f"{folder}: config.json ties lm_head.weight to embed_tokens.weight, but the weights hold two "
+                "different ones; set tie_word_embeddings to false"
             )
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.set_attention(chosen)
     return model.to(device).eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters without random values: drawing "on" the meta device imports a compiler, 1.4 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -103,13 +117,15 @@ def usable_device(device: str | torch.device) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device} was asked for, but PyTorch finds no CUDA device here; use cpu")
+        raise InputError(f"device: {found} was asked for, but PyTorch finds no CUDA device here; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device: {device} was asked for, but there are {torch.cuda.device_count()} CUDA devices"
+            f"device: {found} was asked for, but there is none after cuda:{torch.cuda.device_count() - 1}"
         )
     return found
 
@@ -132,59 +148,65 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: a file is missing, unsafe or malformed, or index and shards disagree.
     """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
+    # Links that lead nowhere count as present: then the message is about them.
+    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
+    if single and index:
         raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if index.exists():
-        found = _sharded(folder, index)
-    elif single.exists() or single.is_symlink():
+    if single:
         found = read_header(_safe_file(folder, SINGLE))
-    elif list(folder.glob("*.bin")):
-        raise InputError(
-            f"{folder}: holds only pickled .bin weights, which can run code; convert them to {SINGLE}"
-        )
+    elif index:
+        found = _sharded(folder)
     else:
-        raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, found neither; {AGAIN}")
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
+        what = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "neither"
+        raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, found {what}; {AGAIN}")
 
     stored: dict[str, StoredTensor] = {}
     for key, tensor in found.items():
         name = key.removeprefix("model.")
         if name in stored:
-            raise InputError(f"{tensor.path}: {key} and {stored[name].key} are the same tensor; {AGAIN}")
+            raise InputError(f"{tensor.path}: {key!r} and {stored[name].key!r} are the same tensor; {AGAIN}")
         if not key.endswith(HARMLESS_SUFFIX):
             stored[name] = tensor
     return stored
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _sharded(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards, each where the index says."""
+    index = _safe_file(folder, INDEX)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index}: expected an object `weight_map` from tensor to file; {AGAIN}")
+    shards = sorted(set(weight_map.values()))
+    unsafe = [shard for shard in shards if not SHARD.fullmatch(shard)]
+    if unsafe:
+        raise InputError(f"{index}: expected plain names of .safetensors files, got {unsafe[0]!r}; {AGAIN}")
+    absent = [shard for shard in shards if not os.path.lexists(folder / shard)]
+    if absent:
+        raise InputError(f"{folder}: missing {', '.join(absent)}, which {INDEX} lists; {AGAIN}")
+
     found: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         for key, tensor in read_header(_safe_file(folder, shard)).items():
             if key in found:
-                raise InputError(f"{folder}: {key} is in both {found[key].path.name} and {shard}; {AGAIN}")
+                raise InputError(f"{folder}: {key!r} is in both {found[key].path.name} and {shard}; {AGAIN}")
             found[key] = tensor
-    for key in weight_map.keys() | found.keys():
-        listed, lies = weight_map.get(key), found[key].path.name if key in found else None
+    for key in sorted(weight_map.keys() | found.keys()):
+        listed, lies = weight_map.get(key, "no file"), found[key].path.name if key in found else "none"
         if listed != lies:
-            raise InputError(f"{index}: {key} is listed in {listed}, but lies in {lies}; {AGAIN}")
+            raise InputError(f"{index}: {key!r} is listed in {listed}, but lies in {lies}; {AGAIN}")
     return found
 
 
 def _safe_file(folder: Path, name: str) -> Path:
-    """The regular file of that name inside the folder; nothing outside it, whatever an index says."""
-    if name != os.path.basename(name) or "\\" in name or ":" in name or name in ("", ".", ".."):
-        raise InputError(f"{folder / INDEX}: {name!r} is not a plain file name; {AGAIN}")
-    path, real = folder / name, (folder / name).resolve()
-    # The Hub's cache keeps files as links from snapshots/<commit>/ into blobs/.
-    if real.parent not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+    """The file of that name in the folder, unless it is a link that leaves it."""
+    path, home = folder / name, Path(os.path.realpath(folder))
+    allowed = [home]
+    if home.parent.name == "snapshots":  # the Hub's cache links snapshots/<commit>/<name> to blobs/<hash>
+        allowed.append(home.parent.parent / "blobs")
+    real = Path(os.path.realpath(path))
+    if real.parent not in allowed:
         raise InputError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
-    if not real.exists():
-        raise InputError(f"{path}: no such file; {AGAIN}")
-    if not stat.S_ISREG(real.stat().st_mode):
-        raise InputError(f"{path}: expected a regular file, got something else; {AGAIN}")
     return path
 
 
@@ -194,45 +216,84 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: the file is truncated, malformed or inconsistent, or has a dtype that is not a float's.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if prefix.startswith(b"version "):
-            raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` or {AGAIN}")
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise InputError(f"{path}: {size} bytes cannot hold a header of {length} bytes; {AGAIN}")
-        if length > MAX_HEADER_BYTES:
-            raise InputError(
-                f"{path}: header of {length} bytes, expected at most {MAX_HEADER_BYTES}; {AGAIN}"
-            )
-        header = file.read(length)
+    header, size = _header_bytes(path)
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        with safe_open(path, framework="pt") as opened:  # checks spans: holes, overlaps, trailing bytes
-            keys = set(opened.keys())
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{path}: malformed safetensors header ({error}); {AGAIN}") from error
-    tensors = {}
-    for key in sorted(keys):
-        dtype, shape, (start, end) = (
-            entries[key]["dtype"],
-            entries[key]["shape"],
-            entries[key]["data_offsets"],
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the header is not sound JSON ({error}); {AGAIN}") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: expected a JSON object as header, got {type(entries).__name__}; {AGAIN}")
+
+    data = 8 + len(header)
+    tensors = [
+        _stored(path, key, entry, data) for key, entry in sorted(entries.items()) if key != "__metadata__"
+    ]
+    end = data
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "follows a hole"
+            raise InputError(f"{path}: {tensor.key!r} {what}, at byte {tensor.start}; {AGAIN}")
+        end = tensor.end
+    if end != size:
+        what = "truncated" if size < end else "followed by other bytes"
+        raise InputError(f"{path}: {what}: expected {end} bytes by its header, got {size}; {AGAIN}")
+    return {tensor.key: tensor for tensor in tensors}
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """The header and the size of the file."""
+    if not os.path.isfile(path):  # before opening: a FIFO would block
+        what = "something else" if os.path.lexists(path) else "nothing"
+        raise InputError(f"{path}: expected a regular file, found {what}; {AGAIN}")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            header = file.read(min(length, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+    if prefix == b"version ":
+        raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` or {AGAIN}")
+    if length > MAX_HEADER_BYTES and length <= size - 8:
+        raise InputError(
+            f"{path}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}; {AGAIN}"
         )
-        if dtype not in DTYPES and not key.endswith(HARMLESS_SUFFIX):
-            raise InputError(
-                f"{path}: {key} is {dtype}, expected one of {', '.join(DTYPES)}; use unquantised weights"
-            )
-        tensors[key] = StoredTensor(path, key, DTYPES.get(dtype, torch.float32), tuple(shape), end - start)
-    return tensors
+    if len(prefix) < 8 or len(header) < length:
+        raise InputError(f"{path}: {size} bytes cannot hold a header of {length} bytes; {AGAIN}")
+    return header, size
+
+
+def _stored(path: Path, key: str, entry: Any, data: int) -> StoredTensor:
+    """One entry of a header, checked; `data` is the byte where the tensors begin."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputError(
+            f"{path}: {key!r}: expected dtype, shape and data_offsets, got {entry!r:.80}; {AGAIN}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in list(DTYPES):
+        raise InputError(
+            f"{path}: {key!r} has dtype {dtype!r:.80}, expected {', '.join(DTYPES)}; use unquantised weights"
+        )
+    for name, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(
+            type(number) is int and number >= 0 for number in numbers
+        ):
+            raise InputError(f"{path}: {key!r}: {name} must be sizes, got {numbers!r:.80}; {AGAIN}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise InputError(
+            f"{path}: {key!r}: shape {shape!r:.80} of {dtype} does not fill bytes {offsets!r:.80}; {AGAIN}"
+        )
+    return StoredTensor(path, key, DTYPES[dtype], tuple(shape), data + offsets[0], data + offsets[1])
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # json and safetensors both keep the last of two equal keys in silence.
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key occurs twice")
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"{key!r} occurs twice")
+        entries[key] = value
     return entries
 
 
@@ -253,7 +314,7 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
     if missing or extra:
         raise InputError(
             f"{folder}: the weights do not fit config.json: missing {', '.join(missing) or 'nothing'}; "
-            f"not known {', '.join(extra) or 'nothing'}; {AGAIN}"
+            f"not known {', '.join(map(repr, extra)) or 'nothing'}; {AGAIN}"
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
@@ -277,22 +338,33 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
-def _read(tensor: StoredTensor) -> Tensor:
-    # Opened anew for each tensor: closing the file gives its mapped pages back, so that a conversion to
-    # another dtype does not hold the whole file as well.
-    with safe_open(tensor.path, framework="pt") as file:
-        return file.get_tensor(tensor.key)
-
-
-def _check_finite(values: Tensor, tensor: StoredTensor) -> None:
-    low, high = values.aminmax()  # one pass; NaN wins both
-    if not (low.isfinite() and high.isfinite()):
-        raise InputError(
-            f"{tensor.path}: {tensor.key} holds NaN or Inf as {values.dtype}; {AGAIN}, or use float32"
-        )
+def _read(
+    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Every tensor on the device in that dtype, found finite."""
+    state: dict[str, Tensor] = {}
+    files: dict[Path, Any] = {}
+    for name, tensor in stored.items():
+        try:
+            # A file's pages that were read count as ours until it is closed. Where they are the weights, one
+            # opening serves all; where they are converted, they must go before the next tensor comes.
+            if tensor.path not in files or tensor.dtype != dtype:
+                files = {tensor.path: safe_open(tensor.path, framework="pt")}
+            values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(f"{tensor.path}: {tensor.key} cannot be loaded ({reason}); {AGAIN}") from error
+        low, high = values.aminmax()  # one pass; NaN wins both
+        if not (low.isfinite() and high.isfinite()):
+            raise InputError(
+                f"{tensor.path}: {tensor.key} holds NaN or Inf as {dtype}; {AGAIN}, or use float32"
+            )
+        state[name] = values
+        advance(tensor.end - tensor.start)
+    return state

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ IGNORED = frozenset(
         "_attn_implementation_autoset",
         "_name_or_path",
         "auto_map",
+        "chunk_size_feed_forward",
         "custom_pipelines",
         "do_sample",
         "dtype",
@@ -26,14 +28,17 @@ IGNORED = frozenset(
         "label2id",
         "max_length",
         "max_new_tokens",
+        "max_sequence_length",
         "name_or_path",
         "output_attentions",
         "output_hidden_states",
         "pad_token_id",
         "pretraining_tp",
+        "problem_type",
         "repetition_penalty",
         "return_dict",
         "temperature",
+        "tokenizer_class",
         "top_k",
         "top_p",
         "torch_dtype",
@@ -52,11 +57,18 @@ FIXED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
     "quantization_config": None,
 }
+
+# A bomb is refused before anything is computed from it: the largest Llama has 4e11 parameters and 16,384
+# channels, the largest index of a checkpoint 200 kB.
+MAX_INTEGER = 2**31 - 1
+MAX_PARAMETERS = 2**40
+MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -125,12 +137,18 @@ class LlamaConfig:
         Raises:
             InputError: a file is missing or malformed, or a field has a value this code does not implement.
         """
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder}: no such folder; give the folder of a checkpoint")
         path = Path(folder) / "config.json"
-        values = read_json(path)
+        config = cls.from_dict(read_json(path), where=str(path))
         generation = Path(folder) / "generation_config.json"
-        if generation.is_file():
-            values["eos_token_id"] = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
-        return cls.from_dict(values, where=str(path))
+        if not os.path.lexists(generation):
+            return config
+        eos = read_json(generation).get("eos_token_id", config.eos_token_id)
+        try:
+            return dataclasses.replace(config, eos_token_id=eos)
+        except InputError as error:
+            raise InputError(f"{generation}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> LlamaConfig:
@@ -154,10 +172,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it does not hold a JSON object.
     """
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; a checkpoint folder needs it, download it again")
+    if not os.path.isfile(path):  # before opening: a FIFO would block
+        raise InputError(f"{path}: expected a regular file, found something else; download it again")
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes, got {size}")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; a checkpoint folder needs it, download it again") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -167,10 +190,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments of LlamaConfig that the fields of a config.json stand for."""
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    if "LlamaForCausalLM" not in architectures:
+    architectures = values.get("architectures")
+    if architectures not in (None, [], ["LlamaForCausalLM"]):
         raise InputError(
-            f"architectures: expected LlamaForCausalLM, got {architectures}; only Llama models work"
+            f"architectures: expected ['LlamaForCausalLM'], got {architectures!r}; only Llama models work"
         )
     for name, expected in FIXED.items():
         if values.get(name, expected) not in (expected, None):
@@ -179,7 +202,9 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
             )
 
     used = {field.name for field in dataclasses.fields(LlamaConfig)}
-    unknown = sorted(values.keys() - used - IGNORED - FIXED.keys() - {"architectures", "rope_parameters"})
+    unknown = sorted(
+        map(repr, values.keys() - used - IGNORED - FIXED.keys() - {"architectures", "rope_parameters"})
+    )
     if unknown:
         raise InputError(
             f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"
@@ -194,50 +219,61 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = heads
     if fields.get("head_dim") is None:
-        fields["head_dim"] = _integer("hidden_size", values["hidden_size"]) // heads
+        fields["head_dim"], rest = divmod(_integer("hidden_size", values["hidden_size"]), heads)
+        if rest:
+            raise InputError(
+                f"hidden_size ({values['hidden_size']}) must be a multiple of num_attention_heads ({heads}) "
+                "where head_dim is not given; correct the file"
+            )
     fields.setdefault("rms_norm_eps", 1e-6)
     return fields | _rope(values)
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling, from transformers 5's `rope_parameters` or 4's two fields."""
-    rope = values.get("rope_parameters")
-    if rope is None:
-        rope = {**(values.get("rope_scaling") or {}), "rope_theta": values.get("rope_theta", 10000.0)}
-    if not isinstance(rope, dict):
-        raise InputError(f"rope_parameters: expected an object, got {rope!r}; download config.json again")
-    if values.get("rope_theta", rope.get("rope_theta")) != rope.get("rope_theta"):
-        raise InputError("rope_theta and rope_parameters disagree; remove the wrong one from the file")
-
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", 10000.0)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    spellings = [values[name] for name in ("rope_parameters", "rope_scaling") if values.get(name) is not None]
+    for rope in spellings:
+        if not isinstance(rope, dict):
+            raise InputError(
+                f"rope_scaling or rope_parameters: expected an object, got {rope!r}; correct the file"
+            )
+        if rope != spellings[0]:
+            raise InputError("rope_scaling and rope_parameters disagree; remove the wrong one from the file")
+    rope = dict(spellings[0]) if spellings else {}
+    thetas = [where["rope_theta"] for where in (values, rope) if "rope_theta" in where]
+    if len(thetas) == 2 and thetas[0] != thetas[1]:
+        raise InputError(f"rope_theta: got both {thetas[0]!r} and {thetas[1]!r}; remove the wrong one")
+    rope.pop("rope_theta", None)
+    older_kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", older_kind)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor: only 1.0 is implemented; use another model")
     if kind not in ("default", "llama3"):
         raise InputError(
             f"RoPE type: only 'default' and 'llama3' are implemented, got {kind!r}; use another model"
         )
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    names = {field.name for field in dataclasses.fields(RopeScaling)}
+    names = {field.name for field in dataclasses.fields(RopeScaling)} if kind == "llama3" else set()
     if rope.keys() != names:
-        raise InputError(f"llama3 RoPE: expected the fields {sorted(names)}, got {sorted(rope)}")
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**rope)}
+        raise InputError(
+            f"{kind} RoPE: expected the fields {sorted(names)}, got {sorted(rope)}; correct the file"
+        )
+    theta = thetas[0] if thetas else 10000.0
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**rope) if rope else None}
 
 
 def _integer(name: str, value: Any) -> int:
     # bool is a subclass of int, and `true` is no layer count.
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{name}: expected a positive integer, got {value!r}; correct the file")
+    if type(value) is not int or not 0 < value <= MAX_INTEGER:
+        raise InputError(
+            f"{name}: expected a positive integer up to {MAX_INTEGER}, got {value!r:.80}; correct the file"
+        )
     return value
 
 
 def _positive(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{name}: expected a positive finite number, got {value!r}; correct the file")
+    # Python's integers may exceed every float.
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise InputError(f"{name}: expected a positive finite number, got {value!r:.80}; correct the file")
 
 
 def _check(config: LlamaConfig) -> None:
@@ -252,9 +288,16 @@ def _check(config: LlamaConfig) -> None:
         "max_position_embeddings",
     ):
         _integer(name, getattr(config, name))
+    total = sum(config.parameters.values())
+    if total > MAX_PARAMETERS:
+        raise InputError(
+            f"the sizes make {total:.0e} parameters, expected {MAX_PARAMETERS:.0e} at most; correct the file"
+        )
     _positive("rms_norm_eps", config.rms_norm_eps)
     _positive("rope_theta", config.rope_theta)
     if config.rope_scaling is not None:
+        if not isinstance(config.rope_scaling, RopeScaling):
+            raise InputError(f"rope_scaling: expected a RopeScaling, got {config.rope_scaling!r}")
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
             _positive(f"rope_scaling.{name}", getattr(config.rope_scaling, name))
         _integer(
@@ -272,7 +315,7 @@ def _check(config: LlamaConfig) -> None:
         )
     if config.head_dim % 2:
         raise InputError(f"head_dim: RoPE rotates pairs, so it must be even, got {config.head_dim}")
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for name, value in [("bos_token_id", config.bos_token_id), *(("eos_token_id", value) for value in eos)]:
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise InputError(f"{name}: expected an integer id, got {value!r}; correct the file")
+    bos, eos = config.bos_token_id, config.eos_token_id
+    for name, ids in (("bos_token_id", [bos]), ("eos_token_id", eos if isinstance(eos, list) else [eos])):
+        if ids != [None] and not all(type(value) is int for value in ids):
+            raise InputError(f"{name}: expected an integer id, got {ids!r:.80}; correct the file")

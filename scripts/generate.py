@@ -1,0 +1,131 @@
+"""Continue a text, or answer one message, printing the words as they come.
+
+The prompt is the argument, or --file, or what is piped in. Of a file or a pipe,
+one newline at the very end is left out, and one is put after the text, so that
+an output can be a prompt again. An empty prompt is BOS alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import secrets
+import sys
+import time
+import warnings
+
+import tinyllama
+from tinyllama import options, terminal
+
+EXAMPLES = """\
+  python scripts/generate.py "Greetings!" --max-new-tokens 30
+  python scripts/generate.py --model smollm2 --chat "What is the capital of France?"
+  python scripts/generate.py --temperature 0.7 --top-k 50 --top-p 0.9 --seed 42 "Once upon a time"
+  python scripts/generate.py --file letter.txt --stop "Yours sincerely" --stats
+  echo "Greetings!" | python scripts/generate.py | head -c 80"""
+
+
+def main() -> int:
+    """Print the prompt and its continuation, or under --chat the reply alone."""
+    args = parse()
+    warnings.showwarning = options.note_warning
+    settings = options.sampling(args)
+    if settings["temperature"] and settings["seed"] is None:
+        settings["seed"] = secrets.randbits(32)  # one that --stats can show, to run it again
+    prompt = read_prompt(args)
+
+    start = time.perf_counter()
+    model, tokenizer = options.load(args)
+    load_seconds = time.perf_counter() - start
+
+    ids = prompt_ids(args, prompt, tokenizer)
+    tokens = tinyllama.stream(model, ids, **settings)
+    reply = tinyllama.TextReply(tokens, tokenizer, ids, args.stop)
+    problem = None
+    try:
+        if not args.chat:
+            terminal.write(prompt)
+        for piece in reply:
+            terminal.write(piece)
+    except tinyllama.NonFiniteLogitsError as error:
+        problem = str(error)
+    finally:
+        terminal.write(reply.rest() + "\n")
+
+    used, context = len(ids) + len(reply.ids), model.config.max_position_embeddings
+    if used == context and reply.reason == "length":
+        terminal.note(f"stopped: the context of {context} tokens is full")
+    if args.stats:
+        terminal.note(f"load     {load_seconds:.1f} s")
+        terminal.note(f"prompt   {len(ids)} tokens, {options.rate(len(ids), sum(tokens.seconds[:1]))}")
+        terminal.note(
+            f"new      {len(reply.ids)} tokens, {options.rate(len(reply.ids) - 1, sum(tokens.seconds[1:]))}"
+        )
+        terminal.note(f"memory   {peak_memory(args.device)}")
+        terminal.note(f"seed     {'none: greedy' if not settings['temperature'] else settings['seed']}")
+        terminal.note(f"ended by {problem or reply.reason}")
+    if problem:
+        terminal.note(f"error: {problem}")
+    return 1 if problem else 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = options.Parser(__doc__, EXAMPLES)
+    parser.add_argument("prompt", nargs="?", help="the text to continue, or the message to answer")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from a file; - is stdin")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: print the reply")
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    parser.add_argument("--strict-chat", action="store_true", help="refuse role markers in a message")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be repeated"
+    )
+    parser.add_argument("--stats", action="store_true", help="print times, memory and the seed to stderr")
+    options.add_sampling_options(parser)
+    options.add_model_options(parser)
+    args = parser.parse_args()
+    if args.prompt is not None and args.file is not None:
+        parser.error("give the prompt as an argument or by --file, not both")
+    if args.prompt is None and args.file is None and sys.stdin.isatty():
+        parser.error("no prompt: give one as an argument, by --file, or pipe it in")
+    if (args.system is not None or args.strict_chat) and not args.chat:
+        parser.error("--system and --strict-chat need --chat")
+    return args
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt's text, wherever it comes from."""
+    if args.prompt is not None:
+        return args.prompt
+    return terminal.read_text(args.file).removesuffix("\n")
+
+
+def prompt_ids(args: argparse.Namespace, prompt: str, tokenizer: tinyllama.Tokenizer) -> list[int]:
+    """What the model is given."""
+    if args.chat:
+        if not prompt.strip():
+            raise tinyllama.InputError("chat: expected a message, got an empty prompt; give it some text")
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        return tokenizer.chat([*system, {"role": "user", "content": prompt}], strict=args.strict_chat)
+    ids = tokenizer.encode(prompt)
+    if ids:
+        return ids
+    if tokenizer.bos_id is None:
+        raise tinyllama.InputError("prompt: empty, and this model has no BOS to start from; give some text")
+    return [tokenizer.bos_id]
+
+
+def peak_memory(device: str) -> str:
+    """The most memory that was in use at once, in words."""
+    import torch
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB at most"
+    if torch.device(device).type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB of {device}"
+    return text
+
+
+if __name__ == "__main__":
+    terminal.run(main)

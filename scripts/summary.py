@@ -1,0 +1,188 @@
+"""What a model is made of, from its config.json alone: modules, parameters, bytes, FLOPs.
+
+The model is built on PyTorch's meta device, where tensors have shapes and no
+memory, so no weights are needed. FLOPs count 2 per multiply-add of the matrix
+products; for a token that attends to S keys (its own included) they are
+
+  2 L (attention (2H + 2K) D C + MLP 3 F C) + 2 V C    the weights, each used once
+  + 4 L H D S                                          queries by keys, pattern by values
+
+with L layers, H heads, K KV heads, head size D, hidden size C, MLP size F and
+vocabulary V. Norms, RoPE, softmax and SiLU are left out: well under 1 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama import options, terminal
+from tinyllama.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tinyllama import Llama, LlamaConfig
+
+EXAMPLES = """\
+  python scripts/summary.py                               TinyLlama-1.1B
+  python scripts/summary.py smollm2
+  python scripts/summary.py weights/SmolLM2-135M-Instruct/config.json
+  python scripts/summary.py meta-llama/Llama-3.2-1B       fetches its config.json, no weights
+  python scripts/summary.py --json | python -m json.tool"""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# A config may claim any number of layers, and every one is built.
+MOST_LAYERS = 10_000
+
+
+def main() -> None:
+    """Print the module tree and the tables, or under --json all figures."""
+    parser = options.Parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a name on the Hub, a folder, a config.json, or smollm2 (default: TinyLlama-1.1B-Chat)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_args()
+
+    title, config = find_config(args.model)
+    model = skeleton(config, title)
+    figures = {
+        "model": title,
+        "config": dataclasses.asdict(config),
+        "parameters": config.parameters | {"total": model.num_parameters()},
+        "weight_bytes": {dtype: size * model.num_parameters() for dtype, size in BYTES.items()},
+        "kv_cache_bytes": kv_cache_bytes(config),
+        "flops_per_token": {keys: flops(config, keys) for keys in context_points(config)},
+    }
+    if args.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        show(figures, model)
+
+
+def find_config(name: str | None) -> tuple[str, LlamaConfig]:
+    """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
+    from tinyllama import LlamaConfig, hub
+    from tinyllama.config import read_json
+
+    if name in (None, hub.DEFAULT_MODEL):
+        folder = hub.on_disk(hub.DEFAULT_MODEL)
+        if folder is None:
+            return "TinyLlama-1.1B (built-in config)", LlamaConfig()
+    elif Path(name).expanduser().is_file():
+        return name, LlamaConfig.from_dict(read_json(Path(name).expanduser()), where=name)
+    elif not Path(name).expanduser().is_dir() and hub.is_repository(name) and not hub.on_disk(name):
+        return name, LlamaConfig.from_dict(read_json(download_config(name)), where=name)
+    else:
+        folder = hub.resolve(name)
+    return str(folder), LlamaConfig.from_folder(folder)
+
+
+def download_config(repo_id: str) -> Path:
+    """config.json in the Hub's own cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    from tinyllama.hub import ask_hub, one_line
+
+    commit = ask_hub(repo_id, None).sha
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", revision=commit))
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{repo_id}: no config.json to be had ({one_line(error)}); check the name"
+        ) from error
+
+
+def skeleton(config: LlamaConfig, title: str) -> Llama:
+    """The model without memory for its weights."""
+    import torch
+
+    from tinyllama import Llama
+
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise InputError(
+            f"{title}: num_hidden_layers: expected at most {MOST_LAYERS}, got {config.num_hidden_layers}; "
+            "correct the file"
+        )
+    with torch.device("meta"):
+        return Llama(config)
+
+
+def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
+    """Bytes of keys and values in all layers: for a token and for a full context, at three head counts."""
+    K, H = config.num_key_value_heads, config.num_attention_heads
+    return {
+        name: {"kv_heads": heads}
+        | {
+            f"{dtype} {span}": 2 * config.num_hidden_layers * heads * config.head_dim * size * tokens
+            for dtype, size in BYTES.items()
+            for span, tokens in (("token", 1), ("context", config.max_position_embeddings))
+        }
+        for name, heads in (("this model", K), ("MHA", H), ("MQA", 1))
+    }
+
+
+def context_points(config: LlamaConfig) -> list[int]:
+    """Keys that the first token, the middle one and the last one of a full context attend to."""
+    context = config.max_position_embeddings
+    return sorted({1, max(context // 2, 1), context})
+
+
+def flops(config: LlamaConfig, keys: int) -> int:
+    """FLOPs of one token that attends to `keys` keys; the formula is at the top."""
+    parts = config.parameters
+    head = config.vocab_size * config.hidden_size  # computed whether it is tied or not
+    attending = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    return 2 * (parts["attention"] + parts["mlp"] + head + attending)
+
+
+def show(figures: dict[str, Any], model: Llama) -> None:
+    """The module tree and the figures, for a reader."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    print(f"{terminal.visible(figures['model'])}\n\n{model}\n")
+
+    parts = figures["parameters"]
+    parameters = table("Parameters", "number", "share")
+    for part, number in parts.items():
+        parameters.add_row(part, f"{number:,}", f"{number / parts['total']:.1%}")
+
+    weights = table("Weights", "bytes")
+    for dtype, size in figures["weight_bytes"].items():
+        weights.add_row(dtype, f"{size:,}")
+
+    cache = table("KV cache, bytes", "KV heads", "float32 token", "context", "bfloat16 token", "context")
+    spans = ("float32 token", "float32 context", "bfloat16 token", "bfloat16 context")
+    for name, numbers in figures["kv_cache_bytes"].items():
+        cache.add_row(name, str(numbers["kv_heads"]), *(f"{numbers[span]:,}" for span in spans))
+
+    work = table("FLOPs a token", "number")
+    for keys, number in figures["flops_per_token"].items():
+        work.add_row(f"{keys - 1:,} tokens before it", f"{number:,}")
+
+    for each in (parameters, weights, cache, work):
+        console.print(each)
+        console.print()
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table of numbers."""
+    from rich.table import Table
+
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    made.add_column(title)
+    for column in columns:
+        made.add_column(column, justify="right")
+    return made
+
+
+if __name__ == "__main__":
+    terminal.run(main)

@@ -1,0 +1,35 @@
+"""torch.compile makes one graph of a decode step, and the graph computes what the model computes."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.shapes import some_ids, tiny_model
+from tinyllama.attention import KERNELS
+
+
+@pytest.mark.parametrize("attention", sorted(KERNELS))
+def test_decoding_is_one_graph_without_breaks_or_recompilation(attention):
+    # Fails on an .item(), on a Python branch over data, and on a length that is baked into the graph.
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = tiny_model(attention=attention), some_ids(2, 8)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_cache, cache = model.new_cache(2, 16), model.new_cache(2, 16)
+    with torch.no_grad():
+        for t in range(8):
+            positions = torch.tensor([[t], [t - 3]]).clamp(min=-1)
+            compiled = step(ids[:, t : t + 1], compiled_cache, positions)
+            torch.testing.assert_close(
+                compiled, model(ids[:, t : t + 1], cache, positions), atol=1e-5, rtol=0
+            )
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_pass_equals_an_eager_one():
+    # Inductor generates new code for every operation; 1e-5 is the ceiling on float32 relRMS at logits of RMS 1.
+    torch._dynamo.reset()
+    model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(1, 16)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(ids)
+        torch.testing.assert_close(compiled, model(ids), atol=1e-5, rtol=0)

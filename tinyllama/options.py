@@ -1,0 +1,135 @@
+"""What several scripts' command lines share; importing it takes no torch, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import tinyllama
+from tinyllama.terminal import note, visible
+
+if TYPE_CHECKING:
+    from tinyllama import Llama, Tokenizer
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows examples and reports a bad option in one line, with exit status 2."""
+
+    def __init__(self, description: str | None, examples: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the one line."""
+        self.exit(2, f"error: {visible(message)}; see --help\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it computes: the arguments of `load`."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a name on the Hub, a folder, or smollm2, the embedded model (default: TinyLlama-1.1B-Chat)",
+    )
+    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        help="of weights and activations (default: float32)",
+    )
+    group.add_argument(
+        "--attention",
+        default="sdpa",
+        choices=["eager", "sdpa"],
+        help="eager is the textbook's, sdpa PyTorch's fused one (default: sdpa)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the next token is chosen, and how many: the arguments of `sampling`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="divides the logits; 0 is greedy (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=count,
+        default=0,
+        metavar="K",
+        help="sample among the K most likely tokens; 0 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample within the nucleus of mass P; 1 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that occurred less likely (default: %(default)s)",
+    )
+    group.add_argument("--seed", type=seed, metavar="N", help="the same seed gives the same tokens")
+
+
+def count(text: str) -> int:
+    """An integer from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that PyTorch takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^64 - 1, got {value}")
+    return value
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` and `stream` that the options stand for.
+
+    Raises:
+        InputError: one has no meaning; before a model is loaded.
+    """
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    tinyllama.Sampler(**settings)
+    return settings | {"max_new_tokens": args.max_new_tokens}
+
+
+def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the options name.
+
+    Raises:
+        InputError: see `tinyllama.load`.
+    """
+    from tinyllama.checkpoint import usable_device
+
+    usable_device(args.device)  # before a download of gigabytes
+    return tinyllama.load(args.model, device=args.device, dtype=args.dtype, attention=args.attention)
+
+
+def note_warning(message: Warning | str, *_where: object) -> None:
+    """A `warnings.showwarning` of one line, without the place in the code."""
+    note(f"warning: {message}")
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens a second, in words."""
+    return f"{tokens / seconds:.1f} tokens/s" if seconds else "none computed"

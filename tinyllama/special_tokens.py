@@ -1,0 +1,83 @@
+"""Special tokens in a text: where they are, and how to keep a user from writing one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tinyllama.errors import InputError
+
+
+class Segment(NamedTuple):
+    """A stretch of a prompt; `origin` is "special" (one special token), "template" or "text"."""
+
+    text: str
+    origin: str
+
+
+class SpecialTokens:
+    """The tokens that are split off a text before the vocabulary sees the rest.
+
+    `texts` are all of them. `control` are those that mean something to the model or to its caller (BOS, the
+    end of a turn), which a chat message must not be able to produce.
+    """
+
+    def __init__(self, texts: Iterable[str], control: Iterable[str]) -> None:
+        self.control = sorted(control, key=len, reverse=True)
+        self._tokens = re.compile(any_of(map(re.escape, sorted(texts, key=len, reverse=True))))
+        beginnings = {token[:end] for token in self.control for end in range(1, len(token))}
+        starts = [re.escape(token) for token in self.control] + [
+            re.escape(part) + r"\Z" for part in beginnings
+        ]
+        self._starts = re.compile(f"(?s:(?={any_of(starts)}).)")
+
+    def split(self, text: str, origin: str) -> list[Segment]:
+        """The text cut into special tokens and the stretches of `origin` between them, none of them empty."""
+        segments = []
+        end = 0
+        for match in self._tokens.finditer(text):
+            segments += [Segment(text[end : match.start()], origin), Segment(match[0], "special")]
+            end = match.end()
+        segments.append(Segment(text[end:], origin))
+        return [segment for segment in segments if segment.text]
+
+    def hide(self, text: str, mask: dict[str, str]) -> str:
+        """Mask, one for one, the characters by which `text` would begin a control token or go on with one.
+
+        That covers the tokens inside the text, and those that it would form with what a template writes
+        beside it: a message "</" before the template's "s>".
+        """
+        text = self._mask_starts(text, mask)
+        core = text.strip()  # what a template that trims leaves of it
+        hidden = self._mask_starts(core, mask)
+        if core and any(continues(core, token) for token in self.control):
+            hidden = mask.get(hidden[0], hidden[0]) + hidden[1:]
+        return text.replace(core, hidden, 1)
+
+    def _mask_starts(self, text: str, mask: dict[str, str]) -> str:
+        return self._starts.sub(lambda match: mask[match[0]], text)
+
+
+def any_of(patterns: Iterable[str]) -> str:
+    """A regular expression for the first pattern that matches; for none of them, one that never does."""
+    return "|".join(patterns) or "(?!)"
+
+
+def continues(text: str, token: str) -> bool:
+    """Whether a token begun before `text` could go on into it."""
+    rests = (token[start:] for start in range(1, len(token)))
+    return any(text.startswith(rest) or rest.startswith(text) for rest in rests)
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise InputError for what is no text: another type, or a lone surrogate, which UTF-8 cannot express."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected a str, got {type(text).__name__}; decode bytes as UTF-8 first")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: lone surrogate U+{ord(text[error.start]):04X} at index {error.start}, which is no "
+            "character; remove it"
+        ) from error
