@@ -1,8 +1,8 @@
 """Measure load, prefill and decode beside transformers in one run, on TinyLlama's shape with random weights.
 
-Loads run in fresh processes, in turn; speeds in one process, in turn, over the same weights. Quote the ratios:
-absolute figures drift with whatever else the machine does. transformers runs its plain forward loop with
-sdpa and its dynamic cache, which is a little faster than its `generate`.
+Loads run in fresh processes, in turn; speeds in one process, in turn, over the same weights. Quote the
+ratios: absolute figures drift with whatever else the machine does. transformers runs its plain forward loop
+with sdpa and its dynamic cache, which is a little faster than its `generate`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -211,7 +212,7 @@ def decode_ours(model: Llama, ids: torch.Tensor, steps: int) -> float:
     prompt = ids[0, :PROMPT_TOKENS].tolist()
     tokens = tinyllama.stream(model, prompt, max_new_tokens=steps + 1, eos_ids=())
     next(tokens)
-    return steps / timed(lambda: [None for _ in tokens] and None)
+    return steps / timed(lambda: deque(tokens, maxlen=0).clear())
 
 
 def decode_theirs(reference: Any, ids: torch.Tensor, steps: int) -> float:
@@ -256,7 +257,7 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
 
     table = Table(
         title=f"{results['machine']['cpu']}, {results['machine']['threads']} threads",
-        caption=f"medians of {args.rounds} rounds; prefill of {args.prefill} tokens, {args.decode} decode steps",
+        caption=f"medians of {args.rounds} rounds; prefill {args.prefill} tokens, decode {args.decode} steps",
     )
     table.add_column("dtype")
     table.add_column("figure")

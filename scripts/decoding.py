@@ -39,8 +39,8 @@ VERDICTS = {
     ("greedy", True): "identical, as they must be: nothing is left to chance",
     ("greedy", False): "DIFFERENT: greedy decoding must repeat itself, something is wrong",
     ("no seed", True): "identical, by chance: raise --temperature or --max-new-tokens",
-    ("no seed", False): "different, as expected: every run draws its own random numbers",
-    ("seed", True): "identical, as they must be: the same seed gives the same random numbers",
+    ("no seed", False): "different, as expected: each has its own random numbers",
+    ("seed", True): "identical, as they must be: the same random numbers",
     ("seed", False): "DIFFERENT: a seed must repeat itself, something is wrong",
 }
 

@@ -347,10 +347,12 @@ def test_an_entry_of_another_form(tmp_path: Path, entry: Any):
 
 @pytest.mark.parametrize("name", ["shape", "data_offsets"])
 @pytest.mark.parametrize(
-    "numbers", [None, 4, "16", {}, [-1, 4], [16.0, 16], ["16", 16], [True, 16], [[16], 16]]
+    "numbers", [None, 4, "16", {}, [-1, 4], [16.0, 16], ["16", 16], [True, 16], [[16], 16], [9] * 300_000]
 )
 def test_sizes_that_are_none(tmp_path: Path, name: str, numbers: Any):
-    refusal(edited(tmp_path, lambda h: h[Q].update({name: numbers})), SINGLE, Q, f"{name} must be sizes")
+    refusal(
+        edited(tmp_path, lambda h: h[Q].update({name: numbers})), SINGLE, Q, f"{name} must be a few sizes"
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_decoding_is_one_graph_without_breaks_or_recompilation(attention):
 
 
 def test_a_compiled_pass_equals_an_eager_one():
-    # Inductor generates new code for every operation; 1e-5 is the ceiling on float32 relRMS at logits of RMS 1.
+    # Inductor writes new code for every operation. 1e-5 is the ceiling on float32 relRMS; logits have RMS 1.
     torch._dynamo.reset()
     model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(1, 16)
     with torch.no_grad():

@@ -387,7 +387,7 @@ def test_direct_construction_is_checked_too():
     with pytest.raises(InputError, match="hidden_size"):
         LlamaConfig(hidden_size=0)
     with pytest.raises(InputError, match="expected a RopeScaling"):
-        LlamaConfig(rope_scaling=LLAMA3_SCALING)  # type: ignore[arg-type]
+        LlamaConfig(rope_scaling=LLAMA3_SCALING)
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_every_reply_is_the_one_computed_from_scratch(loaded, conversation):
 
 
 def test_a_second_turn_computes_its_new_tokens_only(trained):
-    columns: list[int] = []
+    columns = []
     count = trained[0].embed_tokens.register_forward_hook(lambda _, ids, __: columns.append(ids[0].shape[1]))
     conversation = Conversation(*trained)
-    pieces: list[str] = []
+    pieces = []
     reply = conversation.ask("Tell me a story.", pieces.append, **SHORT)
     assert len(pieces) > 1
     assert "".join(pieces) == reply
@@ -100,6 +100,14 @@ def test_another_system_message_is_computed_anew(loaded, conversation):
     reply = conversation.ask("Really?", nothing, **SHORT)
     assert conversation.last.cached < 10
     assert reply == from_scratch(loaded, conversation.messages[:-1])
+
+
+def test_the_same_question_after_a_reset_has_the_same_reply(conversation):
+    reply = conversation.ask("Who are you?", nothing, **SHORT)
+    conversation.messages.clear()
+    assert conversation.ask("Who are you?", nothing, **SHORT) == reply
+    # All is in the cache, but the logits of the last token are not.
+    assert conversation.last.cached == conversation.last.prompt - 1
 
 
 def test_an_interrupted_prefill_leaves_a_cache_that_is_right(loaded, conversation):

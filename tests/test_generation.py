@@ -1,4 +1,4 @@
-"""Generation: the same ids as transformers' `generate`, however the work is cut up, and every rule for stopping."""
+"""Generation: the ids of transformers, however the work is cut up, and every rule for stopping."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_cache_that_holds_the_start_needs_only_the_rest():
     model, prompt = tiny_model(), PROMPTS[2]
     expected = generate(model, [prompt], max_new_tokens=10, eos_ids=())[0]
     cache = model.new_cache(1, 256)
-    prefill(model, [prompt[:11] + [5, 6, 7]], cache)
+    prefill(model, [[*prompt[:11], 5, 6, 7]], cache)
     seen = []
     hook = model.embed_tokens.register_forward_hook(
         lambda module, args, output: seen.append(args[0].shape[1])

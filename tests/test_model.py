@@ -1,6 +1,6 @@
 """Invariants of the forward pass: each holds for any weights, and each breaks under a common bug.
 
-"Within 2 eps" means: the difference is at most twice the model's own float32 error against the float64 oracle.
+"Within 2 eps" means: the difference is at most twice the model's own float32 error against the oracle.
 """
 
 import pytest

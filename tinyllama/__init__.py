@@ -12,18 +12,21 @@ print(tokenizer.decode(ids + new_ids))
 
 from __future__ import annotations
 
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from tinyllama.attention import AttentionContext, eager, sdpa
-from tinyllama.cache import KVCache
-from tinyllama.checkpoint import load_model
-from tinyllama.config import LlamaConfig, RopeScaling
-from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, TokenStream, generate, prefill, stream
-from tinyllama.hub import resolve
-from tinyllama.model import Llama
-from tinyllama.sampler import NonFiniteLogitsError, Sampler
-from tinyllama.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from tinyllama.attention import AttentionContext, eager, sdpa
+    from tinyllama.cache import KVCache
+    from tinyllama.checkpoint import load_model
+    from tinyllama.config import LlamaConfig, RopeScaling
+    from tinyllama.errors import InputError
+    from tinyllama.generation import TextReply, TokenStream, generate, prefill, stream
+    from tinyllama.hub import resolve
+    from tinyllama.loading import load
+    from tinyllama.model import Llama
+    from tinyllama.sampler import NonFiniteLogitsError, Sampler
+    from tinyllama.tokenizer import Tokenizer
 
 __all__ = [
     "AttentionContext",
@@ -47,31 +50,24 @@ __all__ = [
     "stream",
 ]
 
+_PLACES = {
+    "attention": ["AttentionContext", "eager", "sdpa"],
+    "cache": ["KVCache"],
+    "checkpoint": ["load_model"],
+    "config": ["LlamaConfig", "RopeScaling"],
+    "errors": ["InputError"],
+    "generation": ["TextReply", "TokenStream", "generate", "prefill", "stream"],
+    "hub": ["resolve"],
+    "loading": ["load"],
+    "model": ["Llama"],
+    "sampler": ["NonFiniteLogitsError", "Sampler"],
+    "tokenizer": ["Tokenizer"],
+}
 
-def load(
-    name: str | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    attention: str = "sdpa",
-) -> tuple[Llama, Tokenizer]:
-    """Load a model and its tokenizer.
 
-    Args:
-        name: a name on the Hub, a folder, "smollm2" (the embedded model), or None for TinyLlama-1.1B-Chat.
-        device: see `load_model`.
-        dtype: see `load_model`.
-        attention: see `load_model`.
-
-    Raises:
-        InputError: the model cannot be had or used; the message says why and what to do.
-    """
-    folder = resolve(name)
-    tokenizer = Tokenizer.from_folder(folder)
-    vocab_size = LlamaConfig.from_folder(folder).vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
-            "put the model's own tokenizer there"
-        )
-    return load_model(folder, device=device, dtype=dtype, attention=attention), tokenizer
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use (PEP 562): `--help` need not wait two seconds for torch."""
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"tinyllama.{module}"), name)
+    raise AttributeError(f"module 'tinyllama' has no attribute {name!r}")

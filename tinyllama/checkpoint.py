@@ -276,15 +276,18 @@ def _stored(path: Path, key: str, entry: Any, data: int) -> StoredTensor:
             f"{path}: {key!r} has dtype {dtype!r:.80}, expected {', '.join(DTYPES)}; use unquantised weights"
         )
     for name, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(
-            type(number) is int and number >= 0 for number in numbers
-        ):
-            raise InputError(f"{path}: {key!r}: {name} must be sizes, got {numbers!r:.80}; {AGAIN}")
+        # Few: multiplying a header full of dimensions would take seconds.
+        if not isinstance(numbers, list) or len(numbers) > 8 or not all(map(_is_size, numbers)):
+            raise InputError(f"{path}: {key!r}: {name} must be a few sizes, got {numbers!r:.80}; {AGAIN}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InputError(
             f"{path}: {key!r}: shape {shape!r:.80} of {dtype} does not fill bytes {offsets!r:.80}; {AGAIN}"
         )
     return StoredTensor(path, key, DTYPES[dtype], tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -251,8 +251,7 @@ def _limit(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:
         raise InputError(
             f"prompt: expected ids from 0 to {config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
         )
-    if len(prompt) >= config.max_position_embeddings:
-        raise InputError(
-            f"prompt: {len(prompt)} tokens do not fit the context of {config.max_position_embeddings}; shorten it"
-        )
-    return min(max_new_tokens, config.max_position_embeddings - len(prompt))
+    context = config.max_position_embeddings
+    if len(prompt) >= context:
+        raise InputError(f"prompt: {len(prompt)} tokens do not fit the context of {context}; shorten it")
+    return min(max_new_tokens, context - len(prompt))

@@ -125,7 +125,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return tinyllama.load(args.model, device=args.device, dtype=args.dtype, attention=args.attention)
 
 
-def note_warning(message: Warning | str, *_where: object) -> None:
+def note_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
     """A `warnings.showwarning` of one line, without the place in the code."""
     note(f"warning: {message}")
 

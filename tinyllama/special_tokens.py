@@ -27,9 +27,7 @@ class SpecialTokens:
         self.control = sorted(control, key=len, reverse=True)
         self._tokens = re.compile(any_of(map(re.escape, sorted(texts, key=len, reverse=True))))
         beginnings = {token[:end] for token in self.control for end in range(1, len(token))}
-        starts = [re.escape(token) for token in self.control] + [
-            re.escape(part) + r"\Z" for part in beginnings
-        ]
+        starts = [*map(re.escape, self.control), *(re.escape(part) + r"\Z" for part in beginnings)]
         self._starts = re.compile(f"(?s:(?={any_of(starts)}).)")
 
     def split(self, text: str, origin: str) -> list[Segment]:
