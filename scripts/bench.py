@@ -46,7 +46,7 @@ def main() -> int:
         print(json.dumps(measure_load(*args.load)))
         return 0
     from tinyllama import LlamaConfig
-    from tinyllama.config import read_json
+    from tinyllama.files import read_json
 
     config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
     results: dict[str, Any] = {

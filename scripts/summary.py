@@ -69,7 +69,7 @@ def main() -> None:
 def find_config(name: str | None) -> tuple[str, LlamaConfig]:
     """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
     from tinyllama import LlamaConfig, hub
-    from tinyllama.config import read_json
+    from tinyllama.files import read_json
 
     if name in (None, hub.DEFAULT_MODEL):
         folder = hub.on_disk(hub.DEFAULT_MODEL)

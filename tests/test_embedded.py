@@ -20,13 +20,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tinyllama import embedded, hub
+from tinyllama import embedded, files
 from tinyllama.errors import InputError
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder():
-    return hub.resolve("smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +378,7 @@ def test_two_at_once_convert_once(tmp_path, small_source, monkeypatch):
         waiting.set()
 
     monkeypatch.setattr(embedded, "convert", slow_convert)
-    monkeypatch.setattr(embedded, "note", note)
+    monkeypatch.setattr(files, "note", note)
     folder = tmp_path / "weights" / "model"
     first = threading.Thread(target=embedded.make_embedded, args=[folder])
     first.start()

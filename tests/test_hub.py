@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from tinyllama import embedded, hub
+from tinyllama import files, hub
 from tinyllama.errors import InputError
 
 REPO, COMMIT = "org/small", "0123456789abcdef0123456789abcdef01234567"
@@ -410,7 +410,7 @@ def test_two_at_once_download_once(fake_hub, weights, monkeypatch):
         waiting.set()
 
     fake_hub.before_file = before_file
-    monkeypatch.setattr(embedded, "note", note)
+    monkeypatch.setattr(files, "note", note)
     first = threading.Thread(target=hub.resolve, args=[REPO])
     first.start()
     assert downloading.wait(10)

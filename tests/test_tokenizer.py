@@ -403,7 +403,7 @@ def test_a_folder_without_tokenizer_and_no_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         Tokenizer.from_folder(tmp_path / "absent")
     (tmp_path / "tokenizer.model").mkdir()
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match="expected a regular file"):
         Tokenizer.from_folder(tmp_path)
 
 

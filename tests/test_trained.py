@@ -23,7 +23,7 @@ PROMPTS = [
     "In 1969",
 ]
 TEXT = """A language model gives, for each place in a text, a probability for every token that may come \
-next. Training makes the tokens that did come more likely. für naïve façade: Ελλάδα, Москва, 東京, 서울, 🦙🦙. \
+next. Training makes the tokens that did come more likely. für naïve façade: Ελλάδα, Москва, 東京, 서울 🦙🦙 \
 for i in range(10): print(f"{i:>3} {i * i:>5}")"""
 
 

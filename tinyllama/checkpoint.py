@@ -1,17 +1,13 @@
 """Official safetensors checkpoints -> a loaded model: strictly, with one copy of the weights in memory.
 
-Everything is checked before memory is taken: paths, headers, names, shapes, dtypes, free memory. The format:
-8 bytes of header length, a JSON header with each tensor's dtype, shape and place, then the tensors' bytes.
+Everything is checked before memory is taken: paths, headers, names, shapes, dtypes, free memory.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +17,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinyllama.attention import kernel
-from tinyllama.config import LlamaConfig, read_json
+from tinyllama.config import LlamaConfig
+from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
+from tinyllama.files import AGAIN, read_json
 from tinyllama.model import Llama
+from tinyllama.tensor_file import StoredTensor, read_header
 from tinyllama.terminal import byte_progress
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"[\w.-]+\.safetensors")
 PICKLES = (".bin", ".pth", ".pt")
-AGAIN = "download the checkpoint again"
-
-# 22 layers need 25 kB; parsing a legal 40 MB header took 2.8 s and 236 MB.
-MAX_HEADER_BYTES = 1 << 20
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Some exporters store RoPE's table, which follows from the config.
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: its file, its name there, dtype, shape, and the bytes from `start` up to `end`."""
-
-    path: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def load_model(
@@ -80,7 +61,7 @@ def load_model(
     config = LlamaConfig.from_folder(folder)
     stored = find_tensors(folder)
     _check_layers(config, stored, folder)
-    _check_memory(sum(config.parameters.values()) * dtype.itemsize, device)
+    check_memory(sum(config.parameters.values()) * dtype.itemsize, device)
     with torch.device("meta"), _Unfilled():
         model = Llama(config)
     _check_tensors(model, stored, folder)
@@ -107,39 +88,6 @@ class _Unfilled(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        InputError: there is no such device here. Never another one in its place.
-    """
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {found} was asked for, but PyTorch finds no CUDA device here; use cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device: {found} was asked for, but there is none after cuda:{torch.cuda.device_count() - 1}"
-        )
-    return found
-
-
-def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The floating dtype of that name.
-
-    Raises:
-        InputError: it is none of float64, float32, bfloat16 and float16.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise InputError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
-    return found
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -210,96 +158,6 @@ def _safe_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, without its tensors' bytes.
-
-    Raises:
-        InputError: the file is truncated, malformed or inconsistent, or has a dtype that is not a float's.
-    """
-    header, size = _header_bytes(path)
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the header is not sound JSON ({error}); {AGAIN}") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: expected a JSON object as header, got {type(entries).__name__}; {AGAIN}")
-
-    data = 8 + len(header)
-    tensors = [
-        _stored(path, key, entry, data) for key, entry in sorted(entries.items()) if key != "__metadata__"
-    ]
-    end = data
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
-        if tensor.start != end:
-            what = "overlaps the tensor before it" if tensor.start < end else "follows a hole"
-            raise InputError(f"{path}: {tensor.key!r} {what}, at byte {tensor.start}; {AGAIN}")
-        end = tensor.end
-    if end != size:
-        what = "truncated" if size < end else "followed by other bytes"
-        raise InputError(f"{path}: {what}: expected {end} bytes by its header, got {size}; {AGAIN}")
-    return {tensor.key: tensor for tensor in tensors}
-
-
-def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """The header and the size of the file."""
-    if not os.path.isfile(path):  # before opening: a FIFO would block
-        what = "something else" if os.path.lexists(path) else "nothing"
-        raise InputError(f"{path}: expected a regular file, found {what}; {AGAIN}")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            header = file.read(min(length, MAX_HEADER_BYTES))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-    if prefix == b"version ":
-        raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` or {AGAIN}")
-    if length > MAX_HEADER_BYTES and length <= size - 8:
-        raise InputError(
-            f"{path}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}; {AGAIN}"
-        )
-    if len(prefix) < 8 or len(header) < length:
-        raise InputError(f"{path}: {size} bytes cannot hold a header of {length} bytes; {AGAIN}")
-    return header, size
-
-
-def _stored(path: Path, key: str, entry: Any, data: int) -> StoredTensor:
-    """One entry of a header, checked; `data` is the byte where the tensors begin."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(
-            f"{path}: {key!r}: expected dtype, shape and data_offsets, got {entry!r:.80}; {AGAIN}"
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in list(DTYPES):
-        raise InputError(
-            f"{path}: {key!r} has dtype {dtype!r:.80}, expected {', '.join(DTYPES)}; use unquantised weights"
-        )
-    for name, numbers in (("shape", shape), ("data_offsets", offsets)):
-        # Few: multiplying a header full of dimensions would take seconds.
-        if not isinstance(numbers, list) or len(numbers) > 8 or not all(map(_is_size, numbers)):
-            raise InputError(f"{path}: {key!r}: {name} must be a few sizes, got {numbers!r:.80}; {AGAIN}")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise InputError(
-            f"{path}: {key!r}: shape {shape!r:.80} of {dtype} does not fill bytes {offsets!r:.80}; {AGAIN}"
-        )
-    return StoredTensor(path, key, DTYPES[dtype], tuple(shape), data + offsets[0], data + offsets[1])
-
-
-def _is_size(number: Any) -> bool:
-    return type(number) is int and number >= 0
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json and safetensors both keep the last of two equal keys in silence.
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ValueError(f"{key!r} occurs twice")
-        entries[key] = value
-    return entries
-
-
 def _check_layers(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path) -> None:
     # Before the model is made, which for a billion layers would never end.
     layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
@@ -325,26 +183,6 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
                 f"{tensor.path}: {tensor.key} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(expected[name])}; {AGAIN}"
             )
-
-
-def _check_memory(needed: int, device: torch.device) -> None:
-    free = free_memory(device)
-    if free is not None and needed > free:
-        raise InputError(
-            f"memory: the weights need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
-            "use a 16-bit dtype or a smaller model"
-        )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be taken on the device, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _read(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import InputError
+from tinyllama.files import read_json
 
 # Fields of config.json with no effect on the forward pass: about the file, training or generation defaults.
 IGNORED = frozenset(
@@ -65,10 +65,9 @@ FIXED: dict[str, Any] = {
 }
 
 # A bomb is refused before anything is computed from it: the largest Llama has 4e11 parameters and 16,384
-# channels, the largest index of a checkpoint 200 kB.
+# channels.
 MAX_INTEGER = 2**31 - 1
 MAX_PARAMETERS = 2**40
-MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -164,28 +163,6 @@ class LlamaConfig:
             return cls(**_fields(values))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: there is no such file, or it does not hold a JSON object.
-    """
-    if not os.path.lexists(path):
-        raise InputError(f"{path}: no such file; a checkpoint folder needs it, download it again")
-    if not os.path.isfile(path):  # before opening: a FIFO would block
-        raise InputError(f"{path}: expected a regular file, found something else; download it again")
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f"expected at most {MAX_JSON_BYTES} bytes, got {size}")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}; download it again")
-    return values
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:

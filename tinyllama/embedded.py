@@ -9,17 +9,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tinyllama.errors import InputError
-from tinyllama.terminal import byte_progress, note
+from tinyllama.files import require_space, sole_writer
+from tinyllama.terminal import byte_progress
 
 if TYPE_CHECKING:
     import gguf
@@ -282,33 +281,3 @@ def write_readme(facts: dict[str, Any], source: Path, folder: Path) -> None:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write one JSON file."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def sole_writer(folder: Path, doing: str) -> Iterator[None]:
-    """Hold the lock on making `folder`; where another process has it, say so in one line and wait."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            note(f"another process is {doing}: waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise InputError(
-            f"{folder.parent}: cannot be written ({error.strerror}); make it writable"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise InputError where the disk of `folder` (whose parent exists) has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise InputError(
-            f"{folder.parent}: {what} needs {needed:,} bytes of disk, {free:,} are free; free some space"
-        )

@@ -25,8 +25,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
-from tinyllama.embedded import make_embedded, require_space, sole_writer
+from tinyllama.embedded import make_embedded
 from tinyllama.errors import InputError
+from tinyllama.files import require_space, sole_writer
 from tinyllama.terminal import note
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"

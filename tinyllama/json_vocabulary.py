@@ -13,7 +13,8 @@ from typing import Any
 import tokenizers
 
 from tinyllama.errors import InputError
-from tinyllama.tokenizer_files import DOWNLOAD_AGAIN, TokenizerFiles, flatten
+from tinyllama.files import AGAIN
+from tinyllama.tokenizer_files import TokenizerFiles, flatten
 from tinyllama.vocabulary import EACH_BYTE, sentencepiece_bytes
 
 SENTENCEPIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -82,7 +83,7 @@ class JsonVocabulary:
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # `tokenizers` raises nothing more specific
-            raise InputError(f"{self._path}: not a tokenizer ({error}); {DOWNLOAD_AGAIN}") from error
+            raise InputError(f"{self._path}: not a tokenizer ({error}); {AGAIN}") from error
 
     def encode(self, text: str, first: bool) -> list[int]:
         """The ids of a text without special tokens; `first` where nothing precedes it.

@@ -119,7 +119,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     Raises:
         InputError: see `tinyllama.load`.
     """
-    from tinyllama.checkpoint import usable_device
+    from tinyllama.device import usable_device
 
     usable_device(args.device)  # before a download of gigabytes
     return tinyllama.load(args.model, device=args.device, dtype=args.dtype, attention=args.attention)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import InputError
-
-DOWNLOAD_AGAIN = "download the checkpoint again"
+from tinyllama.files import AGAIN, read_bytes, read_json
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,7 @@ class TokenizerFiles:
             folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
         )
         if not model.exists() and not definition.exists():
-            raise InputError(
-                f"{folder}: no tokenizer, expected tokenizer.model or tokenizer.json; {DOWNLOAD_AGAIN}"
-            )
+            raise InputError(f"{folder}: no tokenizer, expected tokenizer.model or tokenizer.json; {AGAIN}")
         settings = read_json(config) if config.exists() else {}
         return cls(
             folder=folder,
@@ -129,7 +125,7 @@ def well_formed(path: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {what} malformed ({error!r}); {DOWNLOAD_AGAIN}") from error
+        raise InputError(f"{path}: {what} malformed ({error!r}); {AGAIN}") from error
 
 
 def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -142,35 +138,6 @@ def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [inner for step in nested for inner in flatten(step)]
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file; raises InputError where it is empty or a Git-LFS pointer."""
-    # Opening a FIFO would wait for its other end.
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file; {DOWNLOAD_AGAIN}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; make it readable") from error
-    if data.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path}: a Git-LFS pointer, not the file itself; run `git lfs pull` where it is from"
-        )
-    if not data:
-        raise InputError(f"{path}: the file is empty; {DOWNLOAD_AGAIN}")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises InputError for anything else."""
-    try:
-        content = json.loads(read_bytes(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; {DOWNLOAD_AGAIN}")
-    return content
-
-
 def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The text of chat_template.jinja (transformers 5), else `chat_template` of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
@@ -178,7 +145,7 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return read_bytes(file).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: byte {error.start} is not UTF-8; {DOWNLOAD_AGAIN}") from error
+            raise InputError(f"{file}: byte {error.start} is not UTF-8; {AGAIN}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         with well_formed(folder / "tokenizer_config.json", "chat_template"):
@@ -186,6 +153,6 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected a "
-            f"string; {DOWNLOAD_AGAIN}"
+            f"string; {AGAIN}"
         )
     return template

@@ -13,7 +13,8 @@ from typing import Protocol
 from sentencepiece import SentencePieceProcessor
 
 from tinyllama.errors import InputError
-from tinyllama.tokenizer_files import DOWNLOAD_AGAIN, TokenizerFiles
+from tinyllama.files import AGAIN
+from tinyllama.tokenizer_files import TokenizerFiles
 
 SPACE = "▁"  # U+2581, how sentencepiece spells a space
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -79,10 +80,10 @@ class SentencePieceVocabulary:
             self._processor = SentencePieceProcessor(model_proto=files.model)
             self._without_prefix = SentencePieceProcessor(model_proto=files.model + NO_DUMMY_PREFIX)
         except RuntimeError as error:
-            raise InputError(f"{path}: not a sentencepiece model; {DOWNLOAD_AGAIN}") from error
+            raise InputError(f"{path}: not a sentencepiece model; {AGAIN}") from error
         # A file cut off after its last piece still loads, but with sentencepiece's default normalizer.
         if self._processor.decode(self._processor.encode("  ")) != "  ":
-            raise InputError(f"{path}: loses spaces, so it is cut off or not a Llama's; {DOWNLOAD_AGAIN}")
+            raise InputError(f"{path}: loses spaces, so it is cut off or not a Llama's; {AGAIN}")
         self._prefixes_every_part = files.prefixes_every_part()
         self.adds_bos = files.json is None or files.template_bos() is not None
         self.size: int = self._processor.vocab_size()

@@ -1,0 +1,70 @@
+"""Where a model computes, in what dtype, and whether it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tinyllama.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: there is no such device here. Never another one in its place.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {found} was asked for, but PyTorch finds no CUDA device here; use cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device: {found} was asked for, but there is none after cuda:{torch.cuda.device_count() - 1}"
+        )
+    return found
+
+
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The floating dtype of that name.
+
+    Raises:
+        InputError: it is none of float64, float32, bfloat16 and float16.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Refuse weights of more bytes than the device has free.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"memory: the weights need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
+            "use a 16-bit dtype or a smaller model"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be taken on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return None
