@@ -54,7 +54,7 @@ def main() -> int:
 
     conversation = Conversation(model, tokenizer, system(args.system), strict=args.strict_chat)
     context = model.config.max_position_embeddings
-    if not sys.stdin.isatty():
+    if terminal.piped():
         for line in piped_lines():
             if not respond(conversation, line, settings, context):
                 break

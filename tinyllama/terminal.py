@@ -33,6 +33,9 @@ def run(main: Callable[[], int | None]) -> None:
 
     A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`.
     """
+    if sys.stdout is not None:
+        # A terminal that cannot show a character gets its escape, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -88,15 +91,20 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda size: progress.update(task, advance=size)
 
 
+def piped() -> bool:
+    """Whether something is piped into stdin, rather than a person at it, or nothing."""
+    return sys.stdin is not None and not sys.stdin.isatty()
+
+
 def read_text(path: str | None) -> str:
     """The text of a file, or of stdin for None or "-", as UTF-8.
 
     Raises:
         InputError: the file cannot be read, or byte N is not UTF-8.
     """
-    where = "stdin" if path in (None, "-") else str(path)
+    where = "stdin" if path is None or path == "-" else path
     try:
-        data = sys.stdin.buffer.read() if where == "stdin" else Path(where).read_bytes()
+        data = sys.stdin.buffer.read() if path is None or path == "-" else Path(path).read_bytes()
         return data.decode("utf-8")
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror}; give a readable text file") from error
