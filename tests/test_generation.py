@@ -104,6 +104,14 @@ def test_a_cache_that_holds_the_start_needs_only_the_rest():
     assert seen[0] == len(prompt) - 11
 
 
+def test_a_cache_without_room_is_refused_not_overrun():
+    model = tiny_model()
+    with pytest.raises(InputError, match="cache: expected room for 17 tokens, got 16"):
+        stream(model, PROMPTS[0], max_new_tokens=10, cache=model.new_cache(1, 16))
+    with pytest.raises(InputError, match="cached: expected 0 to 6"):
+        stream(model, PROMPTS[0], max_new_tokens=10, cache=model.new_cache(1, 17), cached=7)
+
+
 def test_eos_ends_a_row_and_is_part_of_it():
     model = tiny_model()
     free = generate(model, PROMPTS, max_new_tokens=30, eos_ids=())

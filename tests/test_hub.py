@@ -497,14 +497,14 @@ def test_the_default_model_is_replaced_and_one_line_says_so(silent, weights, mon
     assert output.out == ""
     assert output.err.count("\n") == 1
     assert silent in output.err
-    assert "embedded model" in output.err
+    assert "embedded SmolLM2-135M-Instruct" in output.err
 
 
 def test_an_answer_that_is_not_the_hubs_is_no_answer(fake_hub, monkeypatch):
     monkeypatch.setattr(
         Handler, "send", lambda self, *arguments: self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n<html>")
     )
-    with pytest.raises(hub.UnreachableError, match="cannot be reached"):
+    with pytest.raises(InputError, match="cannot be reached"):
         hub.resolve(REPO)
 
 

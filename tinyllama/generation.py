@@ -88,16 +88,20 @@ def stream(
     """Continue one prompt, token by token: each id comes as soon as it is chosen.
 
     Args as in `generate`, and:
-        cache: keys and values to use and extend, of the context's capacity; None makes one.
+        cache: keys and values to use and extend, with room for the prompt and all new tokens; None makes one.
         cached: how many of the first ids it holds already, less than all.
 
     Raises:
-        InputError: a setting or the prompt cannot be used; at once, not at the first token.
+        InputError: a setting, the prompt or the cache cannot be used; at once, not at the first token.
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
     limit = _limit(model, ids, max_new_tokens)
     cache = cache or model.new_cache(1, len(ids) + limit)
+    if cache.capacity < len(ids) + limit:
+        raise InputError(f"cache: expected room for {len(ids) + limit} tokens, got {cache.capacity}")
+    if not 0 <= cached < len(ids):
+        raise InputError(f"cached: expected 0 to {len(ids) - 1} of the prompt's ids, got {cached}")
     return TokenStream(_steps(model, [ids], sampler, cache, cached), limit, ends)
 
 

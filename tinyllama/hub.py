@@ -86,7 +86,10 @@ def resolve(name: str | None = None) -> Path:
     if name and folder.is_dir():
         return folder
     if is_repository(name):
-        return on_disk(name) or download(name)
+        try:
+            return on_disk(name) or download(name)
+        except UnreachableError as error:
+            raise InputError(f"{error}; without the Hub, `--model {EMBEDDED_MODEL}` works") from error
     if folder.is_file():
         raise InputError(f"model {name!r} is a file, expected a checkpoint folder: give the folder it is in")
     present = ", ".join(str(path) for path in checkpoint_folders()) or "nothing yet"
@@ -101,7 +104,7 @@ def default_model() -> Path:
     try:
         return on_disk(DEFAULT_MODEL) or download(DEFAULT_MODEL)
     except UnreachableError as error:
-        note(f"{error}: using that")
+        note(f"{error}; using the embedded {EMBEDDED_FOLDER} in its place")
         return make_embedded(weights_folder() / EMBEDDED_FOLDER)
 
 
@@ -220,10 +223,7 @@ def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
         )
     except (NoAnswerError, HTTPError, OSError, ValueError) as error:
         kind, reason = verdict(error)
-        raise kind(
-            f"{repo_id} at revision {revision or 'main'}: {reason}; "
-            f"what works without the Hub is the embedded model, `--model {EMBEDDED_MODEL}`"
-        ) from error
+        raise kind(f"{repo_id} at revision {revision or 'main'}: {reason}") from error
 
 
 def verdict(error: Exception) -> tuple[type[InputError], str]:
