@@ -399,7 +399,7 @@ class Terminal:
         self.screen = self.screen.partition(text)[2]
 
     def press_ctrl_c_until(self, done):
-        """Press Ctrl-C, and again if nothing comes of it: Python's readline misses one as it begins to wait."""
+        """Press Ctrl-C, and again if nothing comes of it: readline misses one as it begins to wait."""
         for _ in range(5):
             self.send("\x03")
             deadline = time.monotonic() + PATIENCE / 10

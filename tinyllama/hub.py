@@ -55,8 +55,12 @@ LOG_IN = "log in with `hf auth login`"
 Answer = TypeVar("Answer")
 
 
-class UnreachableError(InputError):
-    """The Hub did not answer, so nothing is known about the model that was asked for."""
+class RefusedError(InputError):
+    """The Hub does not give out the model that was asked for."""
+
+
+class UnreachableError(RefusedError):
+    """The Hub did not even answer."""
 
 
 def weights_folder() -> Path:
@@ -78,18 +82,21 @@ def resolve(name: str | None = None) -> Path:
     default model; only there, and only where the Hub does not answer within a few seconds, the embedded
     model takes its place, and one line on stderr says so. Whatever else goes wrong raises InputError.
     """
-    if name is None:
-        return default_model()
+    try:
+        return default_model() if name is None else named_model(name)
+    except RefusedError as error:
+        raise InputError(f"{error}; without the Hub, `--model {EMBEDDED_MODEL}` works") from error
+
+
+def named_model(name: str) -> Path:
+    """The folder of a model that was asked for by name; never another model's."""
     if name == EMBEDDED_MODEL:
         return make_embedded(weights_folder() / EMBEDDED_FOLDER)
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return folder
     if is_repository(name):
-        try:
-            return on_disk(name) or download(name)
-        except UnreachableError as error:
-            raise InputError(f"{error}; without the Hub, `--model {EMBEDDED_MODEL}` works") from error
+        return on_disk(name) or download(name)
     if folder.is_file():
         raise InputError(f"model {name!r} is a file, expected a checkpoint folder: give the folder it is in")
     present = ", ".join(str(path) for path in checkpoint_folders()) or "nothing yet"
@@ -226,21 +233,21 @@ def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
         raise kind(f"{repo_id} at revision {revision or 'main'}: {reason}") from error
 
 
-def verdict(error: Exception) -> tuple[type[InputError], str]:
+def verdict(error: Exception) -> tuple[type[RefusedError], str]:
     """Whether the Hub refused or is out of reach, and what to do about it."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError) or status == 403:
-        return InputError, f"gated (status {status}): accept its terms on its Hub page, then {LOG_IN}"
+        return RefusedError, f"gated (status {status}): accept its terms on its Hub page, then {LOG_IN}"
     if status == 401:
-        return InputError, f"private, not there, or a wrong login (status 401): check the name, or {LOG_IN}"
+        return RefusedError, f"private, not there, or a wrong login (status 401): check the name, or {LOG_IN}"
     if status == 429:
-        return InputError, f"the Hub takes no more requests (status 429): wait some minutes, or {LOG_IN}"
+        return RefusedError, f"the Hub takes no more requests (status 429): wait some minutes, or {LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
-        return InputError, "the Hub has the model, but no such revision (status 404)"
+        return RefusedError, "the Hub has the model, but no such revision (status 404)"
     if status == 404:
-        return InputError, "the Hub has no such model (status 404): check the name"
+        return RefusedError, "the Hub has no such model (status 404): check the name"
     if 400 <= status < 500:
-        return InputError, f"the Hub refused the request (status {status})"
+        return RefusedError, f"the Hub refused the request (status {status})"
     if status:
         reason = f"the Hub is out of order (status {status})"
     elif isinstance(error, NoAnswerError):
