@@ -150,6 +150,10 @@ def show(figures: dict[str, Any], model: Llama) -> None:
     console = Console(highlight=False)
     print(f"{terminal.visible(figures['model'])}\n\n{model}\n")
 
+    fields = table("Config", "value")
+    for name, value in figures["config"].items():
+        fields.add_row(name, str(value))
+
     parts = figures["parameters"]
     parameters = table("Parameters", "number", "share")
     for part, number in parts.items():
@@ -168,7 +172,7 @@ def show(figures: dict[str, Any], model: Llama) -> None:
     for keys, number in figures["flops_per_token"].items():
         work.add_row(f"{keys - 1:,} tokens before it", f"{number:,}")
 
-    for each in (parameters, weights, cache, work):
+    for each in (fields, parameters, weights, cache, work):
         console.print(each)
         console.print()
 

@@ -1,10 +1,12 @@
-"""Tokenizer and chat template against the outputs of the seed notebook, value for value."""
+"""Every output of the seed notebook, value for value; what needs the official weights, where they are."""
 
 import json
 
 import pytest
 
+import tinyllama
 from tests.tiny_tokenizers import DOWNLOADED
+from tinyllama.config import LlamaConfig
 from tinyllama.hub import weights_folder
 from tinyllama.tokenizer import Tokenizer
 
@@ -57,3 +59,33 @@ def test_the_replies_decode_to_the_notebook_s_texts(golden, tokenizer):
     assert len(replies) == 2
     for case in replies:
         assert tokenizer.decode(case["new_ids"], skip_special=True) == case["text"]
+
+
+def test_config_and_parameters(golden):
+    config = LlamaConfig.from_dict(golden["config"])
+    assert config == LlamaConfig()
+    assert sum(config.parameters.values()) == golden["num_parameters"]
+
+
+@pytest.fixture(scope="module")
+def official():
+    if not (weights_folder() / DOWNLOADED / "model.safetensors").exists():
+        pytest.skip(f"weights/{DOWNLOADED} is not downloaded")
+    return tinyllama.load(str(weights_folder() / DOWNLOADED), dtype="float32", attention="sdpa")
+
+
+def test_greedy_texts(golden, official):
+    model, tokenizer = official
+    plain, chat = golden["greedy"]
+    ids = tokenizer.encode(plain["prompt"])
+    (new_ids,) = tinyllama.generate(model, [ids], max_new_tokens=plain["max_new_tokens"])
+    assert tokenizer.decode(ids + new_ids, skip_special=True) == plain["text"]
+    ids = golden["chat"]["re_encoded_ids"]
+    assert tinyllama.generate(model, [ids], max_new_tokens=chat["max_new_tokens"]) == [chat["new_ids"]]
+
+
+def test_sampled_text(golden, official):
+    (case,) = golden["sampled"]
+    settings = {name: case[name] for name in ("seed", "temperature", "top_p", "top_k", "max_new_tokens")}
+    ids = golden["chat"]["re_encoded_ids"]
+    assert tinyllama.generate(official[0], [ids], **settings) == [case["new_ids"]]

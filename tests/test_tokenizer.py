@@ -430,3 +430,9 @@ def test_chat_template_jinja_wins_over_the_config(tmp_path):
 def test_special_tokens_of_the_config_may_be_objects(tmp_path):
     config = {"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False}}
     assert Tokenizer.from_folder(sentencepiece_folder(tmp_path, **config)).eos_id == 2
+
+
+def test_printing_a_tokenizer_tells_what_it_is(smollm2_folder):
+    shown = repr(Tokenizer.from_folder(smollm2_folder))
+    assert "vocab_size=49152" in shown
+    assert "'eos': ('<|im_end|>', 2)" in shown

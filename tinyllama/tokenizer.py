@@ -83,6 +83,14 @@ class Tokenizer:
         """
         return cls(TokenizerFiles.read(Path(folder)))
 
+    def __repr__(self) -> str:
+        """What a reader wants to know first: `print(tokenizer)`."""
+        special = {name.removesuffix("_token"): (text, self._ids[text]) for name, text in self._names.items()}
+        return (
+            f"Tokenizer({self._folder.name}, vocab_size={self.vocab_size}, special={special}, "
+            f"adds_bos={self._adds_bos}, chat_template={'yes' if self.chat_template else 'no'})"
+        )
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, after BOS where the model is used to one; special tokens in it are recognised.
 
