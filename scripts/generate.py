@@ -32,7 +32,7 @@ def main() -> int:
     settings = options.sampling(args)
     if settings["temperature"] and settings["seed"] is None:
         settings["seed"] = secrets.randbits(32)  # one that --stats can show, to run it again
-    prompt = read_prompt(args)
+    prompt = options.read_prompt(args)
 
     start = time.perf_counter()
     model, tokenizer = options.load(args)
@@ -72,10 +72,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = options.Parser(__doc__, EXAMPLES)
-    parser.add_argument("prompt", nargs="?", help="the text to continue, or the message to answer")
-    parser.add_argument("--file", metavar="FILE", help="read the prompt from a file; - is stdin")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: print the reply")
-    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    options.add_prompt_options(parser, "continue")
     parser.add_argument("--strict-chat", action="store_true", help="refuse role markers in a message")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be repeated"
@@ -84,20 +81,10 @@ def parse() -> argparse.Namespace:
     options.add_sampling_options(parser)
     options.add_model_options(parser)
     args = parser.parse_args()
-    if args.prompt is not None and args.file is not None:
-        parser.error("give the prompt as an argument or by --file, not both")
-    if args.prompt is None and args.file is None and not terminal.piped():
-        parser.error("no prompt: give one as an argument, by --file, or pipe it in")
-    if (args.system is not None or args.strict_chat) and not args.chat:
-        parser.error("--system and --strict-chat need --chat")
+    options.check_prompt(parser, args)
+    if args.strict_chat and not args.chat:
+        parser.error("--strict-chat needs --chat")
     return args
-
-
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text, wherever it comes from."""
-    if args.prompt is not None:
-        return args.prompt
-    return terminal.read_text(args.file).removesuffix("\n")
 
 
 def prompt_ids(args: argparse.Namespace, prompt: str, tokenizer: tinyllama.Tokenizer) -> list[int]:
@@ -105,8 +92,7 @@ def prompt_ids(args: argparse.Namespace, prompt: str, tokenizer: tinyllama.Token
     if args.chat:
         if not prompt.strip():
             raise tinyllama.InputError("chat: expected a message, got an empty prompt; give it some text")
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        return tokenizer.chat([*system, {"role": "user", "content": prompt}], strict=args.strict_chat)
+        return tokenizer.chat(options.chat_messages(args, prompt), strict=args.strict_chat)
     ids = tokenizer.encode(prompt)
     if ids:
         return ids

@@ -41,11 +41,10 @@ def main() -> None:
     """Print the tokens of the prompt, then the other routes."""
     args = parse()
     warnings.showwarning = options.note_warning
-    prompt = args.text if args.text is not None else terminal.read_text(args.file).removesuffix("\n")
+    prompt = options.read_prompt(args)
     tokenizer = Tokenizer.from_folder(resolve(args.model))
     if args.chat:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        text, tokens, routes = take_chat_apart(tokenizer, [*system, {"role": "user", "content": prompt}])
+        text, tokens, routes = take_chat_apart(tokenizer, options.chat_messages(args, prompt))
     else:
         text, tokens, routes = take_text_apart(tokenizer, prompt)
     rows = [
@@ -70,24 +69,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = options.Parser(__doc__, EXAMPLES)
-    parser.add_argument("text", nargs="?", help="the text to take apart; under --chat, the user's message")
-    parser.add_argument("--file", metavar="FILE", help="read the text from a file; - is stdin")
-    parser.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
-    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    options.add_prompt_options(parser, "take apart")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="a name on the Hub, a checkpoint folder, or smollm2, the embedded model "
-        "(default: TinyLlama-1.1B-Chat)",
-    )
+    options.add_model_name(parser)
     args = parser.parse_args()
-    if args.text is not None and args.file is not None:
-        parser.error("give the text as an argument or by --file, not both")
-    if args.text is None and args.file is None and not terminal.piped():
-        parser.error("no text: give one as an argument, by --file, or pipe it in")
-    if args.system is not None and not args.chat:
-        parser.error("--system needs --chat")
+    options.check_prompt(parser, args)
     return args
 
 

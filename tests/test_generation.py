@@ -89,6 +89,24 @@ def test_chunked_prefill_gives_the_same_next_token_logits(chunk):
     torch.testing.assert_close(torch.cat(alone), expected, atol=1e-5, rtol=0)
 
 
+def test_padding_is_at_position_minus_1_where_it_can_overwrite_nothing():
+    model, seen = tiny_model(), []
+    hook = model.rotary.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    prefill(model, [[1, 2, 3], [4]], model.new_cache(2, 3))
+    hook.remove()
+    assert [positions.tolist() for positions in seen] == [[[0, 1, 2], [-1, -1, 0]]]
+
+
+def test_nothing_is_recorded_for_gradients_while_generating():
+    # Else every step would keep its activations alive.
+    model, outputs = tiny_model(), []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    generate(model, [PROMPTS[0]], max_new_tokens=3, eos_ids=())
+    hook.remove()
+    assert len(outputs) == 3
+    assert all(output.is_inference() for output in outputs)
+
+
 def test_a_cache_that_holds_the_start_needs_only_the_rest():
     model, prompt = tiny_model(), PROMPTS[2]
     expected = generate(model, [prompt], max_new_tokens=10, eos_ids=())[0]

@@ -231,7 +231,7 @@ def test_nan_logits_keep_the_text_so_far(run_script, preloaded):
         (["--attention", "flash", "x"], b"", "--attention"),
         (["--file", "no-such-file"], b"", "no-such-file: cannot be read"),
         (["--file", "x", "x"], b"", "not both"),
-        (["--system", "x", "x"], b"", "need --chat"),
+        (["--system", "x", "x"], b"", "needs --chat"),
         (["--chat", " "], b"", "empty prompt"),
         (["\udcff"], b"", "lone surrogate"),
         (["--no-such\x1b[31m"], b"", "unrecognized arguments: --no-such\\x1b"),

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
-from tinyllama.terminal import note, visible
+from tinyllama.terminal import note, piped, read_text, visible
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer
@@ -27,14 +27,48 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {visible(message)}; see --help\n")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it computes: the arguments of `load`."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
+def add_prompt_options(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Where the prompt comes from, and whether it is a chat; see `check_prompt` and `read_prompt`."""
+    parser.add_argument("prompt", nargs="?", help=f"the text to {purpose}; under --chat, the user's message")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from a file; - is stdin")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+
+
+def check_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 unless there is exactly one prompt, before a model is loaded for it."""
+    if args.prompt is not None and args.file is not None:
+        parser.error("give the prompt as an argument or by --file, not both")
+    if args.prompt is None and args.file is None and not piped():
+        parser.error("no prompt: give one as an argument, by --file, or pipe it in")
+    if args.system is not None and not args.chat:
+        parser.error("--system needs --chat")
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt's text; of a file or a pipe, one newline at the very end is left out."""
+    return args.prompt if args.prompt is not None else read_text(args.file).removesuffix("\n")
+
+
+def chat_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
+    """The messages of a chat that begins with the prompt."""
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def add_model_name(parser: argparse._ActionsContainer) -> None:
+    """Which model: the argument of `resolve`."""
+    parser.add_argument(
         "--model",
         metavar="NAME",
         help="a name on the Hub, a folder, or smollm2, the embedded model (default: TinyLlama-1.1B-Chat)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it computes: the arguments of `load`."""
+    group = parser.add_argument_group("model")
+    add_model_name(group)
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     group.add_argument(
         "--dtype",
