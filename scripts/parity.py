@@ -103,7 +103,7 @@ def models(name: str, dtypes: list[str]) -> Iterator[tuple[str, Llama, list[int]
     from tinyllama.parity.reference import unit_gain_
 
     if name != SHAPE:
-        text = Path(__file__).read_text(encoding="utf-8")
+        text = (Path(__file__).resolve().parents[1] / "LICENSE").read_text(encoding="utf-8")
         for dtype in dtypes:
             model, tokenizer = tinyllama.load(name, device="cpu", dtype=dtype)
             yield dtype, model, tokenizer.encode(text)[:TEXT_POSITIONS]
