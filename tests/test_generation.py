@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from tinyllama.generation import TextReply, generate, prefill, stream
 from tinyllama.parity.reference import reference_model
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [some_ids(1, length, seed=length)[0].tolist() for length in (7, 1, 19, 12)]
 SETTINGS = [
     {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
@@ -48,6 +53,16 @@ def test_sampled_ids_equal_transformers_for_twenty_seeds(settings):
     for seed in range(20):
         ours = generate(model, [PROMPTS[0]], max_new_tokens=12, eos_ids=(), seed=seed, **settings)
         assert ours == transformers_ids(model, [PROMPTS[0]], 12, seed, **settings), seed
+
+
+def test_a_seed_gives_the_same_ids_in_another_process():
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 7, "eos_ids": ()}
+    code = (
+        "from tests.shapes import tiny_model; from tinyllama import generate\n"
+        f"print(generate(tiny_model(), {PROMPTS!r}, **{settings!r}))"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert there.stdout.strip() == str(generate(tiny_model(), PROMPTS, **settings))
 
 
 def test_a_sampled_batch_equals_transformers_with_one_draw_for_all_rows():
@@ -120,6 +135,11 @@ def test_a_cache_that_holds_the_start_needs_only_the_rest():
     hook.remove()
     assert got == expected
     assert seen[0] == len(prompt) - 11
+
+
+def test_a_cache_larger_than_the_memory_is_refused_beforehand():
+    with pytest.raises(InputError, match=r"memory: the KV cache needs .* GB, cpu has .* GB free"):
+        tiny_model().new_cache(10**9, 1000)
 
 
 def test_a_cache_without_room_is_refused_not_overrun():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tinyllama.config import LlamaConfig
+from tinyllama.device import check_memory
 
 
 class KVCache:
@@ -18,6 +21,9 @@ class KVCache:
         keys: (L, B, K, capacity + 1, D).
         values: (L, B, K, capacity + 1, D).
         visible: how many slots attention reads (S).
+
+    Raises:
+        InputError: the device has not enough memory free.
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class KVCache:
     ) -> None:
         # One slot more than is ever read: padding has position -1, and slot -1 is the last.
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity + 1, config.head_dim)
+        check_memory("the KV cache", 2 * math.prod(shape) * dtype.itemsize, torch.device(device))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]

@@ -61,7 +61,7 @@ def load_model(
     config = LlamaConfig.from_folder(folder)
     stored = find_tensors(folder)
     _check_layers(config, stored, folder)
-    check_memory(sum(config.parameters.values()) * dtype.itemsize, device)
+    check_memory("the model", sum(config.parameters.values()) * dtype.itemsize, device)
     with torch.device("meta"), _Unfilled():
         model = Llama(config)
     _check_tensors(model, stored, folder)

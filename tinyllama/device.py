@@ -45,8 +45,8 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def check_memory(needed: int, device: torch.device) -> None:
-    """Refuse weights of more bytes than the device has free.
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Refuse something of more bytes than the device has free, before it is made.
 
     Raises:
         InputError: with both numbers.
@@ -54,8 +54,8 @@ def check_memory(needed: int, device: torch.device) -> None:
     free = free_memory(device)
     if free is not None and needed > free:
         raise InputError(
-            f"memory: the weights need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
-            "use a 16-bit dtype or a smaller model"
+            f"memory: {what} needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
+            "use a 16-bit dtype, a smaller model or shorter texts"
         )
 
 
