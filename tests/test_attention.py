@@ -44,6 +44,29 @@ def test_a_row_that_sees_nothing_stays_finite(attention, dtype):
     assert z.dtype == dtype
 
 
+@kernels
+def test_fewer_keys_are_seen_where_a_context_allows_fewer(attention):
+    # Fails if a fused kernel still takes the mask for a plain triangle.
+    q, k, v = inputs()
+    positions = torch.arange(T).expand(B, T)
+    near = (torch.arange(T)[None, :] > torch.arange(T)[:, None] - 3)[None, None]
+    z = attention(q, k, v, context(positions, causal=True).where(near))
+    for t in range(T):
+        start = max(0, t - 2)
+        window = eager(
+            q[:, :, t : t + 1], k[:, :, start : t + 1], v[:, :, start : t + 1], context_of_one(t, start)
+        )
+        # 1e-5 is the ceiling on float32 relRMS; the values have RMS 1.
+        torch.testing.assert_close(z[:, :, t : t + 1], window, atol=1e-5, rtol=0)
+
+
+def context_of_one(t, start):
+    """A query at position t that sees the keys from `start` on, all of them."""
+    keys = torch.arange(start, t + 1).expand(B, -1)
+    visible = Visibility(torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False)
+    return AttentionContext(visible, D**-0.5, 0, lambda x: x, lambda x: x)
+
+
 def test_the_pattern_sums_to_one_and_is_zero_where_masked():
     q, k, v = inputs()
     taps = []

@@ -7,7 +7,7 @@ assign it: `model.layers[3].self_attn.kernel = my_kernel`, or `model.set_attenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class Visibility:
         mask = (keys[:, None, :] <= positions[:, :, None]) & (keys >= 0)[:, None, :]
         return Visibility(mask[:, None], positions, keys, causal)
 
+    def where(self, also: Tensor) -> Visibility:
+        """Only the keys that `also` allows too: booleans that broadcast to (B, 1, T, S)."""
+        return replace(self, mask=self.mask & also, causal=False)
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -61,6 +65,10 @@ class AttentionContext:
     layer: int
     scores: Callable[[Tensor], Tensor]
     pattern: Callable[[Tensor], Tensor]
+
+    def where(self, also: Tensor) -> AttentionContext:
+        """The same, seeing only what `also` allows too; see `Visibility.where`."""
+        return replace(self, visible=self.visible.where(also))
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
