@@ -2,15 +2,16 @@
 PYTHON ?= python3
 PROMPT ?= The three most important ideas in physics are
 MODEL ?=
-# Make would read a dollar sign or a quote in them; the shell is handed them untouched.
-export PROMPT MODEL
+# Through the environment and unexpanded, so that neither make nor the shell reads a $ or a quote in them.
+export PROMPT_TEXT := $(value PROMPT)
+export MODEL_NAME := $(value MODEL)
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
-MODEL_OPTION = $${MODEL:+--model "$$MODEL"}
+MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
 .PHONY: help setup generate chat test parity bench lint format clean
@@ -21,7 +22,7 @@ help: ## show this list
 setup: $(DEV) ## set up the virtual environment for everything below
 
 generate: $(RUN) ## continue a text: make generate PROMPT="..." MODEL=smollm2
-	@$(BIN)/python scripts/generate.py $(MODEL_OPTION) -- "$$PROMPT"
+	@$(BIN)/python scripts/generate.py $(MODEL_OPTION) -- "$$PROMPT_TEXT"
 
 chat: $(RUN) ## talk with the model: make chat MODEL=smollm2
 	@$(BIN)/python scripts/chat.py $(MODEL_OPTION)
