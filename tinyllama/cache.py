@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class KVCache:
 
     def upto(self, length: int) -> KVCache:
         """The same memory, of which attention reads the first `length` slots only."""
-        view = KVCache.__new__(KVCache)
-        view.keys, view.values, view.rows, view.visible = self.keys, self.values, self.rows, length
+        view = copy(self)
+        view.visible = length
         return view
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 # More parts than cores, so that each has work; more than needed costs nothing measurable.
 MOST_PARTS = 64
+# A part has a multiple of this many rows: with a multiple of 8 its products were the same to the bit, with
+# others (3, 9) they were not, because BLAS sums the last few rows in another order.
+ROWS = 16
 
 
 class Linear(nn.Linear):
@@ -16,17 +19,18 @@ class Linear(nn.Linear):
     A decode step has one vector per matrix: its time is that of reading the weights from memory. PyTorch
     runs a float32 matrix-vector product on one core (measured: 21 GB/s on 1 thread and on 2), but a batch of
     them on all (35 to 42 GB/s on 2). So the rows of W are taken as a batch of smaller matrices: a view, no
-    copy, and the same dot products, to the bit.
+    copy, and the same dot products.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.parts = math.gcd(out_features, MOST_PARTS)
+        self.parts = math.gcd(out_features // ROWS, MOST_PARTS) if out_features % ROWS == 0 else 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         one_vector = x.numel() == self.in_features
-        if not (one_vector and x.device.type == "cpu" and x.dtype.itemsize >= 4):
+        wide = x.dtype.itemsize >= 4  # PyTorch runs 16-bit products on all cores itself
+        if not (one_vector and wide and x.device.type == "cpu" and self.parts > 1):
             return super().forward(x)
         weights = self.weight.view(self.parts, -1, self.in_features)
         y = x.reshape(1, 1, -1).expand(self.parts, -1, -1) @ weights.transpose(1, 2)  # (parts, 1, rows)
