@@ -24,9 +24,10 @@ from torch import Tensor
 from tests.shapes import TINY, some_ids
 from tinyllama import checkpoint, device
 from tinyllama.attention import KERNELS, Attention
-from tinyllama.checkpoint import INDEX, SINGLE, load_model
+from tinyllama.checkpoint import load_model
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.files import INDEX, SINGLE
 from tinyllama.model import Llama
 from tinyllama.parity.reference import unit_gain_
 from tinyllama.tensor_file import MAX_HEADER_BYTES, read_header

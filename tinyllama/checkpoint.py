@@ -20,15 +20,12 @@ from tinyllama.attention import kernel
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
-from tinyllama.files import AGAIN, read_json
+from tinyllama.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
 from tinyllama.model import Llama
 from tinyllama.tensor_file import StoredTensor, read_header
 from tinyllama.terminal import byte_progress
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"[\w.-]+\.safetensors")
-PICKLES = (".bin", ".pth", ".pt")
 
 # Some exporters store RoPE's table, which follows from the config.
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"

@@ -15,6 +15,11 @@ from filelock import FileLock, Timeout
 from tinyllama.errors import InputError
 from tinyllama.terminal import note
 
+# The weights of a checkpoint folder: one file, or an index and its shards.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run any code
+
 AGAIN = "download the checkpoint again"
 
 # Of a checkpoint's JSON files the tokenizer's is the largest: Llama 3's has 9 MB.

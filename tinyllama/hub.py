@@ -27,7 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tinyllama.embedded import make_embedded
 from tinyllama.errors import InputError
-from tinyllama.files import require_space, sole_writer
+from tinyllama.files import INDEX, PICKLES, SINGLE, require_space, sole_writer
 from tinyllama.terminal import note
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -45,10 +45,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 ORIGIN = ".origin"  # inside a downloaded folder: the repository and commit that it is
 LOG_IN = "log in with `hf auth login`"
 
@@ -148,7 +145,7 @@ def on_disk(repo_id: str) -> Path | None:
         return None
     names = {path.name for path in Path(config).parent.iterdir() if path.is_file()}
     shards = [match for match in map(SHARD.fullmatch, names) if match]
-    has_weights = SINGLE_FILE in names or (INDEX in names and shards and len(shards) == int(shards[0][1]))
+    has_weights = SINGLE in names or (INDEX in names and shards and len(shards) == int(shards[0][1]))
     has_tokenizer = "tokenizer.model" in names or "tokenizer.json" in names
     return Path(config).parent if has_weights and has_tokenizer else None
 
@@ -191,14 +188,14 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
             f"{repo_id}: expected config.json, the repository has none: not a transformers model"
         )
     shards = sorted(filter(SHARD.fullmatch, names))
-    if SINGLE_FILE in names:
-        weights = [SINGLE_FILE]
+    if SINGLE in names:
+        weights = [SINGLE]
     elif INDEX in names and shards:
         weights = [INDEX, *shards]
     else:
         pickles = [name for name in names if name.endswith(PICKLES)]
         found = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "none"
-        raise InputError(f"{repo_id}: expected {SINGLE_FILE} or {INDEX} and its shards, found {found}")
+        raise InputError(f"{repo_id}: expected {SINGLE} or {INDEX} and its shards, found {found}")
     return [name for name in TEXT_FILES if name in names] + weights
 
 
