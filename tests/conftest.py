@@ -1,4 +1,4 @@
-"""What several test files need: the embedded model and the folder with golden values."""
+"""What several test files need: the embedded model, golden values, tokenizers and their references."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from tests.tiny_tokenizers import find_llama_folder
 from tinyllama.hub import resolve
+from tinyllama.tokenizer import Tokenizer
 
 SHARED_VARIABLE = "TINYLLAMA_SHARED"
 
@@ -24,3 +27,21 @@ def shared_folder() -> Path:
     if SHARED_VARIABLE not in os.environ:
         pytest.skip(f"{SHARED_VARIABLE} is not set; it names the folder with golden/ and tokenizer/")
     return Path(os.environ[SHARED_VARIABLE])
+
+
+@pytest.fixture(scope="session")
+def llama() -> Tokenizer:
+    """The real Llama tokenizer."""
+    return Tokenizer.from_folder(find_llama_folder())
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> Tokenizer:
+    """The embedded model's tokenizer."""
+    return Tokenizer.from_folder(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_folder: Path) -> PreTrainedTokenizerFast:
+    """The same files, read by transformers."""
+    return PreTrainedTokenizerFast.from_pretrained(smollm2_folder)

@@ -7,10 +7,9 @@ import warnings
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.tiny_tokenizers import find_llama_folder, sentencepiece_folder
+from tests.tiny_tokenizers import sentencepiece_folder
 from tinyllama.chat import RoleMarkerWarning, render_chat
 from tinyllama.errors import InputError
 from tinyllama.special_tokens import SpecialTokens
@@ -21,21 +20,6 @@ SPECIAL = SpecialTokens(["<s>", EOS, "<think>"], ["<s>", EOS])
 NAMES = {"bos_token": "<s>", "eos_token": EOS}
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 TRIMMED = PLAIN.replace("m.content", "m.content | trim")
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return Tokenizer.from_folder(find_llama_folder())
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_folder):
-    return Tokenizer.from_folder(smollm2_folder)
-
-
-@pytest.fixture(scope="module")
-def smollm2_reference(smollm2_folder):
-    return PreTrainedTokenizerFast.from_pretrained(smollm2_folder)
 
 
 def user(content):

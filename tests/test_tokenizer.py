@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
-from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_tokenizers import (
     added_token,
@@ -24,23 +23,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return Tokenizer.from_folder(find_llama_folder())
-
-
-@pytest.fixture(scope="module")
 def llama_pieces():
     return sentencepiece.SentencePieceProcessor(model_file=str(find_llama_folder() / "tokenizer.model"))
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_folder):
-    return Tokenizer.from_folder(smollm2_folder)
-
-
-@pytest.fixture(scope="module")
-def smollm2_reference(smollm2_folder):
-    return PreTrainedTokenizerFast.from_pretrained(smollm2_folder)
 
 
 # Encoding
