@@ -14,10 +14,10 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity bench lint format clean
+.PHONY: help setup generate chat test parity parity-quick bench lint format clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(DEV) ## set up the virtual environment for everything below
 
@@ -30,8 +30,11 @@ chat: $(RUN) ## talk with the model: make chat MODEL=smollm2
 test: $(DEV) ## run the tests
 	@$(BIN)/python -m pytest
 
-parity: $(DEV) ## compare logits and greedy ids with transformers
-	@$(BIN)/python scripts/parity.py
+parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a float64 oracle
+	@$(BIN)/python scripts/parity.py --html parity.html
+
+parity-quick: $(DEV) ## the same on less, in a minute
+	@$(BIN)/python scripts/parity.py --quick
 
 bench: $(DEV) ## measure speed and memory beside transformers, on TinyLlama's shape
 	@$(BIN)/python scripts/bench.py

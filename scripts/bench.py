@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -46,6 +44,7 @@ def main() -> int:
         return 0
     from tinyllama import LlamaConfig
     from tinyllama.files import read_json
+    from tinyllama.machine import machine
 
     config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
     results: dict[str, Any] = {
@@ -232,23 +231,6 @@ def decode_theirs(reference: Any, ids: torch.Tensor, steps: int) -> float:
                 token.item()  # as a stream needs it
 
         return steps / timed(decode)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-    import transformers
-
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": cpus[0].split(":")[1].strip() if cpus else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def show(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,121 +1,192 @@
-"""Compare our logits and greedy ids with transformers', both judged by a float64 oracle.
+"""Is it right? Judge logits, ids and gradients by transformers' own error against a float64 oracle.
 
-relRMS, KL and top-1 are against the oracle; "bits" says whether every logit is the very float that
-transformers computes with the same kind of attention.
+relRMS, KL and top-1 are against the oracle; R is the worse of transformers' eager
+and sdpa attention. float32 may have 2 R, 16 bits 1.5 R. "bits" says whether every
+logit is the very float that transformers computes with the same attention. Where
+something fails, the first operation that diverges is named, with a suspect.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+import shlex
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama import options
-from tinyllama.terminal import note, run
+from tinyllama.terminal import note, progress_line, read_text, run, visible
 
 if TYPE_CHECKING:
-    from tinyllama import Llama
-    from tinyllama.parity.compare import Row
+    from tinyllama.parity.report import Figures
+    from tinyllama.parity.subjects import Extent, Subject
+    from tinyllama.parity.suite import Suite
 
 SHAPE = "tinyllama-shape"
-SHAPE_POSITIONS = 48
-TEXT_POSITIONS = 200
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 EXAMPLES = """\
-  python scripts/parity.py                              the embedded model, and TinyLlama's shape
-  python scripts/parity.py weights/TinyLlama-1.1B-Chat-v1.0 --dtype float32
-  python scripts/parity.py tinyllama-shape              1.1 billion random unit-gain weights
+  python scripts/parity.py                              every model at hand, and TinyLlama's shape
+  python scripts/parity.py --quick                      the embedded model, in a minute
+  python scripts/parity.py smollm2 --dtype float32 --bisect
+  python scripts/parity.py weights/my-conversion --against smollm2
+  python scripts/parity.py smollm2 --attention my_attention.py:attend
+  python scripts/parity.py smollm2 --attention fast.py:window --against slow.py:window
+  python scripts/parity.py smollm2 --text my.txt --json > figures.json
 
 exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 
 
 def main() -> int:
-    """Compare every model in every dtype, print the table, and return 1 where anything fails."""
+    """Compare, print the results, and return 1 where anything fails."""
     args = parse()
-    from tinyllama.parity.compare import compare_greedy, compare_logits
+    from tinyllama.files import replace_text
+    from tinyllama.parity import report
+    from tinyllama.parity.page import page
+    from tinyllama.parity.suite import Suite
 
-    failures = []
-    for name in args.models:
-        for dtype, model, ids in models(name, args.dtype):
-            label = f"{name} {dtype}"
-            note(f"{label}: comparing")
-            rows = compare_logits(model, ids)
-            show(f"{label}, {len(ids)} positions", rows)
-            failures += [f"{label}: {row.who}: {failure}" for row in rows for failure in row.failures]
-            ours, theirs = compare_greedy(model, ids)
-            print(f"{len(theirs)} greedy ids: {'the same' if ours == theirs else 'OTHERS'}\n")
-            if ours != theirs:
-                failures.append(f"{label}: greedy ids: expected transformers' {theirs}, got {ours}")
-    for failure in failures:
-        print(failure)
-    print("parity: FAILED" if failures else "parity: passed")
-    return 1 if failures else 0
+    start = time.perf_counter()
+    with progress_line() as done:
+        suite = Suite(search=args.bisect, done=done)
+        judge(args, suite)
+    suite.figures["machine"] |= {
+        "command": shlex.join(["python", "scripts/parity.py", *sys.argv[1:]]),
+        "finished": datetime.now(timezone.utc).isoformat(" ", "seconds"),
+        "seconds": round(time.perf_counter() - start),
+    }
+    figures = report.concluded(suite.figures)
+    if args.html is not None:
+        replace_text(args.html, page(figures))
+        note(f"wrote {args.html}")
+    if args.json:
+        print(json.dumps(figures, indent=1, allow_nan=False))
+    else:
+        show(figures)
+    return 0 if figures["passed"] else 1
 
 
-def show(title: str, rows: list[Row]) -> None:
-    """Print one case: errors against the oracle, and whether our bits are those of transformers."""
-    from rich.box import SIMPLE
+def judge(args: argparse.Namespace, suite: Suite) -> None:
+    """Have the suite judge what the options ask for."""
+    from tinyllama.kernel_file import load_kernel
+
+    kernels = {spec: load_kernel(spec) for spec in args.attention or ["eager", "sdpa"]}
+    subjects = [subject(name, args) for name in args.models or default_models(args.quick)]
+    if args.against is None:
+        for one in subjects:
+            suite.judge(one, kernels, extent(args, one))
+        if not args.models and not args.attention:
+            suite.judge_fixture()
+    elif is_kernel(args.against):
+        other = load_kernel(args.against)
+        for one in subjects:
+            for spec, kernel in kernels.items():
+                suite.judge_kernel(one, (spec, args.against), kernel, other, extent(args, one))
+    else:
+        other_model = subject(args.against, args)
+        for one in subjects:
+            suite.judge_checkpoint(one, other_model, kernels, extent(args, one))
+
+
+def default_models(quick: bool) -> list[str]:
+    """What can be had without a download."""
+    from tinyllama.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
+
+    if quick:
+        return [EMBEDDED_MODEL]
+    return [EMBEDDED_MODEL, *([DEFAULT_MODEL] if on_disk(DEFAULT_MODEL) else []), SHAPE]
+
+
+def subject(name: str, args: argparse.Namespace) -> Subject:
+    """The model of that name, with the texts to compare it on."""
+    from tinyllama import LlamaConfig, Tokenizer
+    from tinyllama.hub import DEFAULT_MODEL, on_disk, resolve
+    from tinyllama.parity.subjects import Checkpoint, Shape
+
+    if name == SHAPE:
+        return Shape(SHAPE, LlamaConfig(), args.device)
+    folder = resolve(name)
+    texts = {file: read_text(file) for file in args.text} if args.text else None
+    tokenizer = Tokenizer.from_folder(folder)
+    official = folder == on_disk(DEFAULT_MODEL)
+    return Checkpoint(folder.name, folder, tokenizer, texts, official, args.device)
+
+
+def extent(args: argparse.Namespace, one: Subject) -> Extent:
+    """How much of a model is compared, in the dtypes that the options name."""
+    from tinyllama.parity.subjects import FULL, LARGE, LARGE_PARAMETERS, QUICK
+
+    chosen = QUICK if args.quick else LARGE if one.parameters > LARGE_PARAMETERS else FULL
+    if not args.dtype:
+        return chosen
+    # From the widest to the narrowest, as a Subject wants it.
+    return replace(chosen, dtypes=tuple(dtype for dtype in DTYPES if dtype in args.dtype))
+
+
+def is_kernel(against: str) -> bool:
+    """Whether --against names a kernel, not a checkpoint."""
+    return against in ("eager", "sdpa") or ".py:" in against
+
+
+def show(figures: Figures) -> None:
+    """Print every result as a table, the verdict last."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
-    table.add_column("against float64")
-    for head in ("relRMS", "KL mean", "KL max", "top-1", "bits", "verdict"):
-        table.add_column(head, justify="right")
-    for row in rows:
-        table.add_row(
-            row.who,
-            f"{row.measured.relative:.2e}",
-            f"{row.measured.kl_mean:.1e}",
-            f"{row.measured.kl_max:.1e}",
-            f"{row.measured.top1:.1%}",
-            {None: "", True: "same", False: "others"}[row.same_bits],
-            "" if row.same_bits is None else "FAILED" if row.failures else "passed",
-        )
-    Console().print(table)
+    from tinyllama.parity import tables
+
+    console = Console(highlight=False)
+    for case in figures["cases"]:
+        tables.show_case(console, case)
+    if figures["continuations"]:
+        tables.show_continuations(console, figures["continuations"])
+    if figures["gradients"]:
+        tables.show_gradients(console, figures["gradients"])
+    if figures["mutations"]:
+        tables.show_mutations(console, figures["mutations"])
+    for search in figures["searches"]:
+        tables.show_search(console, search)
+    for failure in figures["failures"]:
+        print(visible(failure))
+    print("parity: passed" if figures["passed"] else "parity: FAILED")
 
 
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "models", nargs="*", default=["smollm2", SHAPE], help=f"names or folders; {SHAPE} is random weights"
+        "models", nargs="*", metavar="MODEL", help=f"names or folders; {SHAPE} is random weights"
+    )
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="may be given several times (default: all four)"
     )
     parser.add_argument(
-        "--dtype",
+        "--attention",
         action="append",
-        choices=DTYPES,
-        help="may be given several times (default: float32 and bfloat16)",
+        metavar="KERNEL",
+        help="eager, sdpa or file.py:function; may be given several times (default: eager and sdpa)",
     )
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="what is right: another checkpoint or another kernel (default: transformers)",
+    )
+    parser.add_argument(
+        "--text", action="append", metavar="FILE", help="compare on this text; may be given several times"
+    )
+    parser.add_argument(
+        "--bisect", action="store_true", help="look for the first divergence even where all passes"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
     args = parser.parse_args()
-    # Widest first: random weights are rounded from one dtype to the next.
-    args.dtype = sorted(args.dtype or ["float32", "bfloat16"], key=DTYPES.index)
+    if args.html is not None and not args.html.resolve().parent.is_dir():
+        parser.error(f"--html {args.html}: no such folder {args.html.resolve().parent}; make it first")
     return args
-
-
-def models(name: str, dtypes: list[str]) -> Iterator[tuple[str, Llama, list[int]]]:
-    """One model in each dtype, one at a time, and the ids to compare it on."""
-    import torch
-
-    import tinyllama
-    from tinyllama.parity.reference import unit_gain_
-
-    if name != SHAPE:
-        text = (Path(__file__).resolve().parents[1] / "LICENSE").read_text(encoding="utf-8")
-        for dtype in dtypes:
-            model, tokenizer = tinyllama.load(name, device="cpu", dtype=dtype)
-            yield dtype, model, tokenizer.encode(text)[:TEXT_POSITIONS]
-        return
-    note(f"{SHAPE}: drawing 1.1 billion weights")
-    with torch.device("meta"):
-        model = tinyllama.Llama(tinyllama.LlamaConfig())
-    model = unit_gain_(model.to_empty(device="cpu")).eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (SHAPE_POSITIONS,), generator=generator).tolist()
-    for dtype in dtypes:
-        yield dtype, model.to(getattr(torch, dtype)), ids
 
 
 if __name__ == "__main__":

@@ -9,18 +9,7 @@ import torch
 from tinyllama.attention import KERNELS
 from tinyllama.config import LlamaConfig
 from tinyllama.model import Llama
-from tinyllama.parity.reference import unit_gain_
-
-TINY: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
+from tinyllama.parity.fixture import TINY, fixture
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -40,7 +29,7 @@ def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "eager", **changes: Any
 ) -> Llama:
     """A tiny model with unit-gain weights, under which every operation matters."""
-    model = unit_gain_(Llama(tiny_config(**changes)), seed).to(dtype).eval()
+    model = fixture(seed, **changes).to(dtype)
     model.set_attention(KERNELS[attention])
     return model
 

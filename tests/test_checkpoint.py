@@ -29,7 +29,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.files import INDEX, SINGLE
 from tinyllama.model import Llama
-from tinyllama.parity.reference import unit_gain_
+from tinyllama.parity.fixture import unit_gain_
 from tinyllama.tensor_file import MAX_HEADER_BYTES, read_header
 
 FIELDS = {

@@ -12,31 +12,17 @@ import torch
 from tests.shapes import some_ids, tiny_model
 from tinyllama.errors import InputError
 from tinyllama.generation import TextReply, generate, prefill, stream
+from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.reference import reference_model
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [some_ids(1, length, seed=length)[0].tolist() for length in (7, 1, 19, 12)]
-SETTINGS = [
-    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 0, "top_p": 0.8},
-    {"temperature": 1.3, "top_k": 40, "top_p": 1.0, "repetition_penalty": 1.2},
-]
 
 
 def transformers_ids(model, prompts, count, seed=None, **settings):
-    """New ids by transformers' generate, left-padded; its repetition penalty sees the padding too."""
-    reference = reference_model(model, "sdpa")
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    sampling = {"do_sample": False} if seed is None else {"do_sample": True, **settings}
-    if seed is not None:
-        torch.manual_seed(seed)
-    out = reference.generate(
-        ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0, eos_token_id=None, **sampling
-    )
-    return out[:, length:].tolist()
+    """New ids by transformers' generate; its repetition penalty sees the padding too."""
+    return reference_ids(reference_model(model, "sdpa"), prompts, count, seed, **settings)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

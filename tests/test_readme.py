@@ -20,8 +20,8 @@ def test_its_python_runs(smollm2_folder, capsys):
 
 
 def test_the_files_and_targets_that_it_names_exist():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= set(targets)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= set(targets)
     named = re.findall(r"python (scripts/\w+\.py)", README) + re.findall(r"\]\((tinyllama/\w+\.py)\)", README)
     assert named
     for name in named:

@@ -6,22 +6,11 @@ import pytest
 import torch
 
 import tinyllama
-from tests.test_generation import SETTINGS, transformers_ids
+from tests.test_generation import transformers_ids
 from tinyllama.parity import difference, judge, oracle_logits
+from tinyllama.parity.continuations import PROMPTS, SETTINGS
 from tinyllama.parity.reference import config_fields, reference_model
 
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n    ",
-    "Once upon a time there was",
-    "Water boils at",
-    "你好，世界",
-    "1 + 1 = 2, 2 + 2 =",
-    "Dear Sir or Madam,\n\n",
-    "The three laws of robotics are",
-    "Q: Why is the sky blue?\nA:",
-    "In 1969",
-]
 TEXT = """A language model gives, for each place in a text, a probability for every token that may come \
 next. Training makes the tokens that did come more likely. für naïve façade: Ελλάδα, Москва, 東京, 서울 🦙🦙 \
 for i in range(10): print(f"{i:>3} {i * i:>5}")"""

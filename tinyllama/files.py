@@ -96,3 +96,22 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         raise InputError(
             f"{folder.parent}: {what} needs {needed:,} bytes of disk, {free:,} are free; free some space"
         )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file by renaming a finished one over it: an old file stays whole whatever happens.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another place, or make room there"
+        ) from error

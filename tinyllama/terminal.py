@@ -15,7 +15,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -89,6 +91,25 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda size: progress.update(task, advance=size)
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """One line that tells what is being done and for how long; yields `done(what)`, to be told of each step.
+
+    Where stderr is no terminal, the steps whose names have no comma are printed.
+    """
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def done(what: str) -> None:
+            progress.update(task, description=visible(what))
+            if not console.is_terminal and "," not in what:
+                note(what)
+
+        yield done
 
 
 def piped() -> bool:

@@ -1,6 +1,27 @@
-"""Is it right? An independent float64 oracle, and measures against it relative to transformers' own error."""
+"""Is it right? An independent float64 oracle, and judges that measure against it.
 
+`compare` judges the logits of any two callables, `bisect` names the first operation that diverges, and
+`python scripts/parity.py` does both for this project's own model; docs/different-logits.md shows how.
+"""
+
+from tinyllama.parity.comparison import Comparison, compare, kernel_run, reference_run
+from tinyllama.parity.divergence import Divergence, bisect
 from tinyllama.parity.measure import Difference, Verdict, difference, judge
 from tinyllama.parity.oracle import oracle_logits
+from tinyllama.parity.reference import config_fields, reference_model
 
-__all__ = ["Difference", "Verdict", "difference", "judge", "oracle_logits"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Divergence",
+    "Verdict",
+    "bisect",
+    "compare",
+    "config_fields",
+    "difference",
+    "judge",
+    "kernel_run",
+    "oracle_logits",
+    "reference_model",
+    "reference_run",
+]

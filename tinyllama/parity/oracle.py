@@ -2,7 +2,8 @@
 
 It is written for clarity from the papers' equations, one text and one head at a time, and in other terms than
 the model where there is a choice: RoPE as a complex product, softmax by its definition, KV heads by index. It
-streams one weight at a time, so that a billion parameters need little memory in float64.
+streams one weight at a time, so that a billion parameters need little memory in float64; and it is
+differentiable in weights that are float64 already.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 
 
-def oracle_logits(config: Mapping[str, Any], weights: Mapping[str, Tensor], ids: Sequence[int]) -> Tensor:
+def oracle_logits(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    ids: Sequence[int],
+    trace: dict[str, Tensor | None] | None = None,
+) -> Tensor:
     """Logits of every position of one text.
 
     Args:
@@ -23,33 +29,48 @@ def oracle_logits(config: Mapping[str, Any], weights: Mapping[str, Tensor], ids:
         weights: under checkpoint names less `model.`, in the dtype under test: rounding the weights is not
             the model's error.
         ids: the text, T ids from position 0.
+        trace: takes intermediate values: for each of its keys that is an address (`layers.3`,
+            `layers.3.self_attn.q_rot`, see `tinyllama.parity.trace`) the value there, without batch axis.
 
     Returns:
         (T, V) in float64.
     """
+    trace = {} if trace is None else trace
     eps = config["rms_norm_eps"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    turns = _turns(config, len(ids))
+    device = weights["embed_tokens.weight"].device
+    turns = _turns(config, len(ids), device)
 
     def weight(name: str) -> Tensor:
-        return weights[name].to(torch.float64)
+        return weights[name + ".weight"].to(torch.float64)
 
-    x = weights["embed_tokens.weight"][list(ids)].to(torch.float64)
+    def note(address: str, value: Tensor) -> Tensor:
+        if address in trace:
+            trace[address] = value
+        return value
+
+    def norm(address: str, x: Tensor) -> Tensor:
+        return note(address, _rms_norm(x, weight(address), eps))
+
+    def times(address: str, x: Tensor) -> Tensor:
+        return note(address, x @ weight(address).T)
+
+    def block(x: Tensor, at: str) -> Tensor:
+        h = norm(at + "input_layernorm", x)
+        q, k, v = (times(f"{at}self_attn.{name}_proj", h) for name in "qkv")
+        z = _attention(q, k, v, heads, kv_heads, turns, at + "self_attn.", trace)
+        x = x + times(at + "self_attn.o_proj", z)
+        h = norm(at + "post_attention_layernorm", x)
+        gate, up = times(at + "mlp.gate_proj", h), times(at + "mlp.up_proj", h)
+        product = note(at + "mlp.product", gate / (1 + torch.exp(-gate)) * up)
+        return x + times(at + "mlp.down_proj", product)
+
+    x = note("embed_tokens", weights["embed_tokens.weight"][list(ids)].to(torch.float64))
     for layer in range(config["num_hidden_layers"]):
-        at = f"layers.{layer}."
-        h = _rms_norm(x, weight(at + "input_layernorm.weight"), eps)
-        q = h @ weight(at + "self_attn.q_proj.weight").T
-        k = h @ weight(at + "self_attn.k_proj.weight").T
-        v = h @ weight(at + "self_attn.v_proj.weight").T
-        z = _attention(q, k, v, heads, kv_heads, turns)
-        x = x + z @ weight(at + "self_attn.o_proj.weight").T
-        h = _rms_norm(x, weight(at + "post_attention_layernorm.weight"), eps)
-        gate = h @ weight(at + "mlp.gate_proj.weight").T
-        up = h @ weight(at + "mlp.up_proj.weight").T
-        x = x + (gate / (1 + torch.exp(-gate)) * up) @ weight(at + "mlp.down_proj.weight").T
-    x = _rms_norm(x, weight("norm.weight"), eps)
+        x = note(f"layers.{layer}", block(x, f"layers.{layer}."))
+    x = norm("norm", x)
     tied = config.get("tie_word_embeddings", False)
-    return x @ weight("embed_tokens.weight" if tied else "lm_head.weight").T
+    return note("lm_head", x @ weight("embed_tokens" if tied else "lm_head").T)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,15 +78,14 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps) * weight
 
 
-def _turns(config: Mapping[str, Any], length: int) -> Tensor:
+def _turns(config: Mapping[str, Any], length: int, device: torch.device) -> Tensor:
     """The unit complex numbers e^(i * position * frequency), (T, D/2)."""
     D = config["head_dim"]
     frequencies = [config["rope_theta"] ** (-2 * pair / D) for pair in range(D // 2)]
     if config.get("rope_scaling"):
         frequencies = [_stretched(frequency, config["rope_scaling"]) for frequency in frequencies]
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(
-        frequencies, dtype=torch.float64
-    )
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64, device=device)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -84,18 +104,37 @@ def _turn(head: Tensor, turns: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, turns: Tensor) -> Tensor:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    turns: Tensor,
+    at: str,
+    trace: dict[str, Tensor | None],
+) -> Tensor:
     """Each query head with the KV head of its group; (T, H*D), (T, K*D), (T, K*D) -> (T, H*D)."""
     T, D = q.shape[0], q.shape[1] // heads
-    future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    # Per head, and only where asked for: the scores of all heads of a long text fill gigabytes.
+    seen: dict[str, list[Tensor]] = {
+        name: [] for name in ("q_rot", "k_rot", "scores", "pattern", "z") if at + name in trace
+    }
+
+    def note(name: str, value: Tensor) -> Tensor:
+        if name in seen:
+            seen[name].append(value)
+        return value
+
+    keys = [note("k_rot", _turn(k[:, head * D : (head + 1) * D], turns)) for head in range(kv_heads)]
     outputs = []
     for head in range(heads):
         served_by = head * kv_heads // heads
-        query = _turn(q[:, head * D : (head + 1) * D], turns)
-        key = _turn(k[:, served_by * D : (served_by + 1) * D], turns)
-        scores = query @ key.T / math.sqrt(D)
-        scores[future] = -math.inf
+        query = note("q_rot", _turn(q[:, head * D : (head + 1) * D], turns))
+        scores = note("scores", (query @ keys[served_by].T / math.sqrt(D)).masked_fill(future, -math.inf))
         weights = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        outputs.append(weights @ v[:, served_by * D : (served_by + 1) * D])
+        weights = note("pattern", weights / weights.sum(dim=1, keepdim=True))
+        outputs.append(note("z", weights @ v[:, served_by * D : (served_by + 1) * D]))
+    trace.update({at + name: torch.stack(values) for name, values in seen.items()})
     return torch.cat(outputs, dim=1)

@@ -1,4 +1,4 @@
-"""transformers' Llama over the model's own weights, and random weights that hide no bug."""
+"""transformers' Llama over the model's own weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from tinyllama.config import LlamaConfig
 from tinyllama.model import Llama
@@ -39,28 +38,9 @@ def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausal
         for name, tensor in model.state_dict().items()
     }
     reference.load_state_dict(state, strict=True, assign=True)
+    reference.tie_weights()
     # Made on the meta device it is empty; and it must be float32 whatever the weights are.
     rotary = reference.model.rotary_emb
     device = model.embed_tokens.weight.device
     reference.model.rotary_emb = type(rotary)(config).to(device)
     return reference.eval()
-
-
-def unit_gain_(model: Llama, seed: int = 0) -> Llama:
-    """Fill a model with random weights under which every operation matters, in place.
-
-    Matrices have unit gain (std 1/sqrt(fan_in)), embeddings std 0.003, norm weights are from U(0.1, 2.1).
-    With the usual std of 0.02 attention and norms hardly act: a missing RoPE passed at 1e-2.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(name: str, shape: torch.Size) -> Tensor:
-        if "norm" in name:
-            return torch.empty(shape).uniform_(0.1, 2.1, generator=generator)
-        std = 0.003 if name.startswith("embed") else shape[1] ** -0.5
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(draw(name, parameter.shape))
-    return model

@@ -1,0 +1,50 @@
+"""Gradients of every weight are transformers' own, and a wrong backward pass is noticed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tinyllama.model
+from tests.shapes import some_ids, tiny_model
+from tinyllama.parity.gradients import compare_gradients
+
+IDS = some_ids(1, 64)[0].tolist()
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1}])
+def test_gradients_of_every_weight_equal_transformers_bit_for_bit(shape):
+    model = tiny_model(**shape)
+    rows = compare_gradients(model, IDS)
+    assert [row.weight for row in rows] == [name for name, _ in model.named_parameters()]
+    for row in rows:
+        assert row.passed, row
+        assert row.same_bits, row
+        assert 0 < row.error < 1e-5
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_wrong_derivative_fails_though_the_values_are_right(monkeypatch):
+    class Silu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return F.silu(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            return gradient * x.sigmoid()  # without the derivative of the sigmoid
+
+    monkeypatch.setattr(tinyllama.model, "F", SimpleNamespace(silu=Silu.apply))
+    failed = {row.weight for row in compare_gradients(tiny_model(), IDS) if not row.passed}
+    assert "layers.3.mlp.gate_proj.weight" in failed
+    # What lies behind the last SiLU has the right gradient still.
+    assert not failed & {"lm_head.weight", "norm.weight", "layers.3.mlp.down_proj.weight"}
+
+
+def test_a_gradient_that_does_not_flow_fails(monkeypatch):
+    monkeypatch.setattr(tinyllama.model, "F", SimpleNamespace(silu=lambda x: F.silu(x.detach()) + 0 * x))
+    failed = [row.weight for row in compare_gradients(tiny_model(), IDS) if not row.passed]
+    assert "layers.0.mlp.gate_proj.weight" in failed

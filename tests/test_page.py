@@ -1,0 +1,448 @@
+"""The HTML report: what it says equals the figures, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from tinyllama.parity.charts import NOT_DRAWN, Chart, layer_chart, position_charts
+from tinyllama.parity.page import formatted, page
+from tinyllama.parity.report import SECTIONS, concluded
+from tinyllama.terminal import visible
+
+HOSTILE = "<script>alert(1)</script>\"'</style>&\u202e\x07{{ 7 * 7 }}"
+LAYERS = 30
+
+
+def a_row(who: str, error: float, reference: bool = False, **other: Any) -> dict[str, Any]:
+    layers = [0.0, *(error * (1 + layer / LAYERS) / 2 for layer in range(LAYERS)), error, error]
+    row = {
+        "who": who,
+        "reference": reference,
+        **{name: error * factor for name, factor in (("relative", 1), ("rms", 9), ("mean", 7), ("max", 80))},
+        **{name: error * 1e-4 * factor for name, factor in (("kl_mean", 1), ("kl_p99", 4), ("kl_max", 30))},
+        "top1": 1.0,
+        "nll_change": -error / 3,
+        "flips": [],
+        "same_bits": None if reference else True,
+        "by_layer": layers,
+        "by_position": {"english": [error * (1 + n / 20) for n in range(40)], "note.txt": [error]},
+        "failures": [],
+    }
+    return row | other
+
+
+def a_case(dtype: str, limit: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "model": "some-llama",
+        "dtype": dtype,
+        "positions": 1297,
+        "texts": {"english": 1280, "note.txt": 17},
+        "bin": 32,
+        "limits": {"relative": limit, "kl_mean": None, "kl_max": 1e-9, "flip_margin": 6.3e-5},
+        "rows": rows,
+    }
+
+
+def a_flip(position: int, margin: float | None) -> dict[str, Any]:
+    return {"text": "english", "position": position, "expected": 49151, "chosen": 28, "margin": margin}
+
+
+def references(error: float) -> list[dict[str, Any]]:
+    return [a_row("transformers eager", error, True), a_row("transformers sdpa", error * 0.8, True)]
+
+
+def a_search(**found: Any) -> dict[str, Any]:
+    step = {"address": "layers.0.self_attn.q_rot", "relative": 0.31, "reference": 2e-3, "limit": 4e-3}
+    place = {
+        **step,
+        "shape": [64, 9, 64],
+        "place": [63, 8, 1],
+        "got": -1.23456789,
+        "expected": 0.5,
+        "theirs": 0.501,
+        "suspect": "theta is 500000, not 10000",
+        "path": [step | {"address": f"layers.{layer}", "relative": 1e-3} for layer in range(9)] + [step],
+    }
+    return {
+        "model": "some-llama",
+        "dtype": "bfloat16",
+        "who": "tinyllama sdpa",
+        "text": "english, first 128 tokens",
+        "found": place | found,
+    }
+
+
+def mutations() -> list[dict[str, Any]]:
+    names = ("name", "harmless", "score", "passed", "address", "suspect", "right")
+    return [
+        dict(zip(names, values, strict=True))
+        for values in (
+            ("eps 0", False, 890048.57, False, "layers.0.input_layernorm", "eps is 0, not 1e-05", True),
+            ("positions + 1", True, 1.0128, True, None, None, True),
+            ("gate and up swapped", False, None, True, None, None, False),
+        )
+    ]
+
+
+def some_figures() -> dict[str, Any]:
+    """A case that passes, one that fails, and something in every section."""
+    broken = a_row("tinyllama sdpa", 0.5, same_bits=False, relative=None, kl_max=None, top1=0.25)
+    broken["by_layer"] = broken["by_layer"][:9] + [None] * (LAYERS - 6)
+    broken["flips"] = [a_flip(position, None if position == 3 else position / 7) for position in range(40)]
+    broken["failures"] = ["a logit is not finite", "relRMS nan is over 1.5 R = 3.12e-02"]
+    near = a_row("tinyllama eager", 0.021, flips=[a_flip(5, 0.047)])
+    parted = {"settings": {"temperature": 0.7, "seed": 3}, "prompt": 1, "step": 7, "expected": 5, "chosen": 9}
+    part = {"model": "some-llama", "dtype": "float32", "failures": []}
+    worst = {"weight": "norm.weight", "relative": 3e-6, "reference": 2e-6, "limit": 4e-6}
+    return concluded(
+        {
+            "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "torch": "2.13.0"},
+            "cases": [
+                a_case("float32", 2e-6, [*references(1e-6), a_row("tinyllama eager", 1.1e-6)]),
+                a_case("bfloat16", 0.03, [*references(0.02), near, broken]),
+            ],
+            "continuations": [
+                part | {"what": "greedy", "calls": 10, "ids": 2000, "flips": []},
+                part
+                | {"what": "sampled", "calls": 1, "ids": 20}
+                | {"flips": [parted | {"margin": 1e-6, "limit": 6e-5, "near_tie": True}]},
+            ],
+            "gradients": [part | {"positions": 64, "weights": 39, "same_bits": 38, "worst": worst}],
+            "notebook": [part],
+            "mutations": mutations(),
+            "searches": [
+                a_search(),
+                a_search(relative=None, shape=[], place=[], suspect=None),
+                a_search() | {"found": None},
+            ],
+        }
+    )
+
+
+def nothing() -> dict[str, Any]:
+    return concluded({"machine": {"cpu": "a processor"}, **{name: [] for name in SECTIONS}})
+
+
+class Read(html.parser.HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.shown: dict[str, tuple[str, str]] = {}
+        self.text = ""
+        self._key = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._key = dict(attrs).get("data-key", "")
+        if self._key:
+            self.shown[self._key] = (dict(attrs)["data-value"], "")
+
+    def handle_endtag(self, tag):
+        self._key = ""
+
+    def handle_data(self, data):
+        self.text += data
+        if self._key:
+            exact, text = self.shown[self._key]
+            self.shown[self._key] = (exact, text + data)
+
+
+def value_at(figures: Any, key: str) -> Any:
+    for part in key.split("."):
+        figures = figures[int(part)] if isinstance(figures, list) else figures[part]
+    return figures
+
+
+def leaves(value: Any, key: str = "") -> Iterator[str]:
+    """The key of every number and every text."""
+    parts = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    if parts is None:
+        yield key
+    for name, part in parts or ():
+        yield from leaves(part, f"{key}.{name}".lstrip("."))
+
+
+def test_every_figure_is_shown_as_it_is():
+    figures = some_figures()
+    read = Read(page(figures))
+    for key, (exact, text) in read.shown.items():
+        value = value_at(figures, key)
+        assert json.loads(exact) == value
+        assert text == visible(formatted(key, value)), key
+
+
+def test_no_figure_is_missing():
+    """But for those that are drawn, told in words, or the references' own flips."""
+    figures = some_figures()
+    shown = Read(page(figures)).shown
+    told = r"passed|.*\.(bin|reference|harmless|dtype|model)|cases\.\d\.texts\..*|.*\.by_position\..*"
+    told += r"|.*\.settings\..*|.*\.(shape|place)\.\d|.*\.rows\.\d\.failures\..*|searches\.1\..*|.*\.found"
+    missing = [key for key in leaves(figures) if key not in shown and not re.fullmatch(told, key)]
+    assert missing == []
+
+
+def test_text_from_outside_is_only_text():
+    def spoilt(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            # The page's own words name the figures; only texts have names from outside.
+            named = key in ("texts", "by_position", "settings")
+            return {name + HOSTILE * named: spoilt(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [spoilt(part) for part in value]
+        return value + HOSTILE if isinstance(value, str) else value
+
+    source = page(spoilt(some_figures()))
+    plain, read = Read(page(some_figures())), Read(source)
+    assert read.tags == plain.tags
+    assert not {"\u202e", "\x07"} & set(source)
+    assert read.text.count("<script>alert(1)</script>\"'</style>&\\u202e\\x07{{ 7 * 7 }}") > 40
+
+
+def test_nothing_but_the_one_style_is_allowed():
+    source = page(some_figures())
+    (style,) = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    read = Read(source)
+    assert ("content", f"default-src 'none'; style-src 'sha256-{digest}'") in read.attributes
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(read.tags)
+    assert all(name not in ("style", "src") and not name.startswith("on") for name, _ in read.attributes)
+    assert all(value.startswith("#") for name, value in read.attributes if name == "href")
+    assert "@import" not in style
+    assert "url(" not in style
+
+
+def test_a_failing_report_begins_with_its_failures():
+    figures = some_figures()
+    text = Read(page(figures)).text
+    places = [text.index(line) for line in ("parity: FAILED", *figures["failures"], "Summary")]
+    assert len(figures["failures"]) == 3
+    assert places == sorted(places)
+
+
+def test_sections_without_figures_are_left_out():
+    read = Read(page(nothing()))
+    assert "parity: passed" in read.text
+    assert "Nothing was judged" in read.text
+    assert [value for name, value in read.attributes if name == "id"] == ["summary", "terms", "machine"]
+    ids = [value for name, value in Read(page(some_figures())).attributes if name == "id"]
+    assert ids == [
+        *("summary", "terms", "case-0", "case-1", "ids", "gradients", "mutations", "searches"),
+        *("notebook", "machine"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("cases.1.rows.3.relative", "not finite"),
+        ("cases.1.rows.3.same_bits", "others"),
+        ("cases.0.rows.0.same_bits", ""),
+        ("cases.0.limits.kl_mean", "none"),
+        ("cases.0.rows.2.relative", "1.10e-06"),
+        ("cases.0.rows.2.top1", "100.00%"),
+        ("cases.0.positions", "1,297"),
+        ("cases.1.rows.3.flips.3.margin", "not finite"),
+        ("cases.1.rows.2.flips.0.expected", "49151"),
+        ("machine.gpu", "none"),
+        ("mutations.0.score", "890,049"),
+        ("mutations.1.score", "1.01"),
+        ("mutations.2.right", "NO"),
+        ("searches.0.found.got", "-1.23456789"),
+        ("continuations.1.flips.0.settings", "temperature 0.7, seed 3"),
+    ],
+)
+def test_how_a_figure_is_written(key, text):
+    assert Read(page(some_figures())).shown[key][1] == text
+
+
+def test_float64_says_why_the_references_are_worse():
+    note = "transformers computes its norms"
+    float64 = a_case("float64", 1e-12, [*references(1e-7), a_row("tinyllama eager", 1e-15)])
+    assert note in Read(page(nothing() | {"cases": [float64]})).text
+    assert note not in Read(page(some_figures())).text
+
+
+def points(chart: Chart, style: str) -> list[tuple[float, float]]:
+    (curve,) = (curve for curve in chart.curves if curve.style == style)
+    pairs = [point.split(",") for line in curve.lines for point in line.split()]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def test_the_limit_is_drawn_in_units_of_the_references_error():
+    chart = layer_chart(some_figures()["cases"][0])
+    assert chart is not None
+    assert chart.curves[0].name == "limit: 2 R"
+    band = [float(point.split(",")[1]) for point in chart.band[0].split()]
+    ours, limit = points(chart, "series-0"), points(chart, "limit")
+    # The embedding's error is zero, which is left out.
+    assert len(ours) == len(limit) == LAYERS + 2
+    assert chart.notes == (NOT_DRAWN[0.0],)
+    assert all(top < mine for (_, top), (_, mine) in zip(limit, ours, strict=True))
+    assert min(band) > min(y for _, y in limit)
+
+
+def test_a_curve_of_another_length_is_not_drawn():
+    case = copy.deepcopy(some_figures()["cases"][0])
+    del case["rows"][2]["by_layer"][7]
+    chart = layer_chart(case)
+    assert chart is not None
+    assert [curve.style for curve in chart.curves] == ["limit"]
+    assert "Error by layer in numbers" not in page(nothing() | {"cases": [case]})
+
+
+@pytest.mark.parametrize("error", [0.0, 5e-324, 1e-7, 1.0, 1e306])
+def test_curves_of_any_size(error):
+    case = a_case("float32", 1e-5, [a_row("tinyllama", error)])
+    drawn = [layer_chart(case), *position_charts(case)]
+    for chart in [chart for chart in drawn if chart]:
+        assert len(chart.ys) >= 2
+        assert all(0 <= y <= 276 for curve in chart.curves for _, y in points(chart, curve.style))
+    assert page(nothing() | {"cases": [case]})
+
+
+def test_a_case_without_a_curve():
+    rows = [a_row("tinyllama", 1.0, relative=None, by_layer=[], by_position={})]
+    assert "<svg" not in page(nothing() | {"cases": [a_case("float32", 1e-5, rows)]})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs one of {', '.join(names)}")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    quiet += ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=path, args=quiet)
+        yield running
+        running.close()
+
+
+@contextmanager
+def opened(browser, folder, figures, width=1200, height=900, scheme="light"):
+    """The report from disk, without a network; what the browser complains of fails the test."""
+    file = folder / "parity.html"
+    file.write_text(page(figures), encoding="utf-8")
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
+    tab, complaints, requests = context.new_page(), [], []
+    tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(file.as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    yield tab
+    context.close()
+    assert complaints == []
+    assert requests == [file.as_uri()]
+
+
+def test_the_browser_has_the_figures(browser, tmp_path):
+    figures = some_figures()
+    with opened(browser, tmp_path, figures) as tab:
+        cells = tab.evaluate(
+            "[...document.querySelectorAll('[data-key]')]"
+            ".map(cell => [cell.dataset.key, cell.dataset.value, cell.textContent])"
+        )
+    assert len(cells) > 300
+    for key, exact, text in cells:
+        assert json.loads(exact) == value_at(figures, key)
+        assert text == visible(formatted(key, value_at(figures, key)))
+
+
+@pytest.mark.parametrize("width", [360, 768, 1200])
+def test_the_page_never_scrolls_sideways(browser, tmp_path, width):
+    figures = some_figures()
+    figures["failures"].append("some-llama: " + "a-long-name-without-a-space-" * 9)
+    with opened(browser, tmp_path, figures, width, 740) as tab:
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        boxes = tab.evaluate(
+            "[...document.querySelectorAll('.scroll')].map(box => box.getBoundingClientRect().right)"
+        )
+    assert max(boxes) <= width
+
+
+def test_charts_are_drawn(browser, tmp_path):
+    with opened(browser, tmp_path, some_figures(), 360, 740) as tab:
+        sizes = tab.evaluate(
+            "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
+            ".map(box => Math.min(box.width, box.height))"
+        )
+        finite = tab.evaluate(
+            "[...document.querySelectorAll('polyline, polygon')].map(line => line.points.length > 1"
+            " && [...line.points].every(point => isFinite(point.x) && isFinite(point.y)))"
+        )
+        labels = tab.evaluate(
+            "[...document.querySelectorAll('.chart > svg')].map(svg => [...svg.querySelectorAll('text')]"
+            ".map(text => { const t = text.getBBox(); return [t.x, t.y, t.x + t.width, t.y + t.height] }))"
+        )
+    assert min(sizes) > 5
+    assert len(finite) > 8
+    assert all(finite)
+    for chart in labels:
+        assert all(left >= 0 and right <= 460 for left, _, right, _ in chart)
+        assert not any(overlap(*pair) for pair in combinations(chart, 2))
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) do; an empty text has no width."""
+    across = min(one[2], other[2]) - max(one[0], other[0])
+    down = min(one[3], other[3]) - max(one[1], other[1])
+    return across > 0 and down > 0
+
+
+COLOURS = """
+[...document.querySelectorAll('body *')]
+  .filter(part => [...part.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()))
+  .filter(part => part.getClientRects().length)
+  .map(part => {
+    let behind = part
+    while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement
+    const style = getComputedStyle(part)
+    return [part instanceof SVGElement ? style.fill : style.color, getComputedStyle(behind).backgroundColor]
+  })
+"""
+
+
+def luminance(colour: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_text_can_be_read_in_light_and_in_dark(browser, tmp_path):
+    grounds = {}
+    for scheme in ("light", "dark"):
+        with opened(browser, tmp_path, some_figures(), scheme=scheme) as tab:
+            colours = {tuple(pair) for pair in tab.evaluate(COLOURS)}
+            grounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert len(colours) > 4
+        assert min(contrast(*pair) for pair in colours) >= 4.5, colours
+    assert luminance(grounds["dark"]) < 0.1 < 0.8 < luminance(grounds["light"])

@@ -1,0 +1,244 @@
+"""Charts of errors as points to be drawn: over the layers, and over the positions of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Figures = dict[str, Any]
+Values = Sequence[float | None]
+
+# In the SVG's own units. The left margin holds "1e-16" in the larger type that phones get.
+WIDTH, HEIGHT = 460, 276
+LEFT, RIGHT, TOP, BOTTOM = 56, 448, 26, 226
+# A line this short shows its points, too.
+FEW = 12
+MOST_TICKS = 8
+NOT_DRAWN = {
+    0.0: "An error of zero has no place on a log axis.",
+    None: "A line breaks off where an error is not finite.",
+}
+COLOURS = 4
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A number on an axis: where it stands, and how it reads."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line that breaks where a value cannot be drawn.
+
+    Attributes:
+        name: as the legend has it.
+        style: class of the line.
+        lines: points of each unbroken part.
+        dots: (x, y) of points that are drawn by themselves.
+    """
+
+    name: str
+    style: str
+    lines: tuple[str, ...]
+    dots: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """An error (relRMS, on a log axis) over layers or positions.
+
+    Attributes:
+        title: what is drawn.
+        axis: what the x axis counts.
+        ends: names under the first and the last x.
+        xs: ticks of the x axis.
+        ys: ticks of the y axis.
+        band: outlines of the area between the references' smallest and largest error.
+        band_name: whose that is; empty without one.
+        curves: the limit first.
+        notes: what cannot be drawn.
+    """
+
+    title: str
+    axis: str
+    ends: tuple[str, str]
+    xs: tuple[Tick, ...]
+    ys: tuple[Tick, ...]
+    band: tuple[str, ...]
+    band_name: str
+    curves: tuple[Curve, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Where values are drawn: `xs` from left to right, 0 to 1, and powers of ten from `low` to `high`."""
+
+    xs: Sequence[float]
+    low: float
+    high: float
+
+    def x(self, index: int) -> float:
+        return across(self.xs[index])
+
+    def y(self, value: float) -> float:
+        share = (math.log10(value) - self.low) / (self.high - self.low)
+        return round(BOTTOM - share * (BOTTOM - TOP), 2)
+
+    def curve(self, name: str, style: str, values: Values) -> Curve:
+        parts = _parts([values])
+        lines = tuple(self.points(part, values) for part in parts if len(part) > 1)
+        all_dots = style != "limit" and len(values) <= FEW
+        dots = [index for part in parts for index in part if len(part) == 1 or all_dots]
+        return Curve(name, style, lines, tuple((self.x(index), self.y(values[index] or 0)) for index in dots))
+
+    def area(self, lower: Values, upper: Values) -> tuple[str, ...]:
+        # A single point gets a little width, to be seen.
+        return tuple(
+            f"{self.points(part, lower)} {self.points(part[::-1], upper)}"
+            if len(part) > 1
+            else self.box(part[0], lower, upper)
+            for part in _parts([lower, upper])
+        )
+
+    def points(self, part: Sequence[int], values: Values) -> str:
+        return " ".join(f"{self.x(index)},{self.y(values[index] or 0)}" for index in part)
+
+    def box(self, index: int, lower: Values, upper: Values) -> str:
+        left, right = self.x(index) - 8, self.x(index) + 8
+        bottom, top = self.y(lower[index] or 0), self.y(upper[index] or 0)
+        return f"{left},{bottom} {right},{bottom} {right},{top} {left},{top}"
+
+
+def layer_chart(case: Figures) -> Chart | None:
+    """The error at each stage, from the embedding to the logits; None where there is nothing to draw."""
+    curves = {row["who"]: row["by_layer"] for row in case["rows"]}
+    count = max(map(len, curves.values()), default=0)
+    if count < 4:
+        return None
+    layers = count - 3
+    step = _step(layers)
+    xs = [index / (count - 1) for index in range(count)]
+    ticks = [Tick(across(xs[layer + 1]), str(layer)) for layer in range(0, layers, step)]
+    return _chart("Error by layer", "layer", ("embedding", "norm, logits"), case, curves, xs, ticks)
+
+
+def position_charts(case: Figures) -> list[Chart]:
+    """The error over the positions of each text, the longest text first."""
+    charts = []
+    for text, length in sorted(case["texts"].items(), key=lambda item: -item[1]):
+        curves = {row["who"]: row["by_position"].get(text, []) for row in case["rows"]}
+        starts = range(0, length, case["bin"])
+        xs = [(start + min(start + case["bin"], length)) / 2 / length for start in starts]
+        ticks = [Tick(across(at / length), str(at)) for at in range(0, length + 1, _step(length))]
+        chart = _chart(f"Error by position: {text}", "position", ("", ""), case, curves, xs, ticks)
+        charts += [chart] if chart else []
+    return charts
+
+
+def across(share: float) -> float:
+    """Where a share of the x axis is in the drawing."""
+    return round(LEFT + share * (RIGHT - LEFT), 2)
+
+
+def worst_reference(case: Figures) -> float | None:
+    """R: the largest relRMS of the references; None without a finite one."""
+    errors = [row["relative"] for row in case["rows"] if row["reference"]]
+    return max((error for error in errors if error is not None), default=None)
+
+
+def absolute_limit(case: Figures) -> bool:
+    """Whether the limit is a number by itself, and no multiple of the references' error."""
+    return case["dtype"] == "float64" or not worst_reference(case)
+
+
+def _chart(
+    title: str,
+    axis: str,
+    ends: tuple[str, str],
+    case: Figures,
+    curves: dict[str, Values],
+    xs: Sequence[float],
+    ticks: list[Tick],
+) -> Chart | None:
+    # A curve of another length has lost a stage that was never computed: its points would stand elsewhere.
+    rows = [row for row in case["rows"] if len(curves[row["who"]]) == len(xs)]
+    theirs = [curves[row["who"]] for row in rows if row["reference"]]
+    ours = {row["who"]: curves[row["who"]] for row in rows if not row["reference"]}
+    drawn = [value for curve in [*theirs, *ours.values()] for value in curve]
+    lower, upper = _envelope(theirs, min), _envelope(theirs, max)
+    name, limit = _limit(case, upper, len(xs))
+    seen = [value for value in drawn if value]
+    if not seen:
+        return None
+    shown = [*seen, *filter(None, limit)]
+    scale = _log_ticks(min(shown), max(shown))
+    axes = _Axes(xs, math.log10(scale[0]), math.log10(scale[-1]))
+    lines = [axes.curve(name, "limit", limit)] if any(limit) else []
+    lines += [axes.curve(who, f"series-{n % COLOURS}", curve) for n, (who, curve) in enumerate(ours.items())]
+    return Chart(
+        title=title,
+        axis=axis,
+        ends=ends,
+        xs=tuple(ticks),
+        ys=tuple(Tick(axes.y(value), _power(value)) for value in scale),
+        band=axes.area(lower, upper),
+        band_name="the references" if any(upper) else "",
+        curves=tuple(lines),
+        notes=tuple(note for value, note in NOT_DRAWN.items() if value in drawn),
+    )
+
+
+def _envelope(curves: list[Values], pick: Any) -> list[float | None]:
+    """The smallest or the largest at each place where every curve has a value."""
+    return [None if None in values else pick(values) for values in zip(*curves, strict=True)]
+
+
+def _limit(case: Figures, upper: Values, count: int) -> tuple[str, Values]:
+    """The limit's name, and the limit at each place: the logits' own, in units of the references' error."""
+    limit, worst = case["limits"]["relative"], worst_reference(case)
+    if limit is None:
+        return "", []
+    if absolute_limit(case) or not worst:
+        return f"limit {_power(limit)}", [limit] * count
+    return f"limit: {limit / worst:.3g} R", [value and limit / worst * value for value in upper]
+
+
+def _parts(curves: Sequence[Values]) -> list[list[int]]:
+    """Runs of places at which every curve can be drawn on a log axis."""
+    parts: list[list[int]] = [[]]
+    for index, values in enumerate(zip(*curves, strict=True)):
+        if all(values):
+            parts[-1].append(index)
+        elif parts[-1]:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from one at or under `low` to one at or over `high`: few, and two at least."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    digits = {1: (1, 2, 3, 5, 7), 2: (1, 2, 5)}.get(last - first, (1,))
+    step = math.ceil((last - first + 1) / MOST_TICKS)
+    powers = range(first - step, last + 2 * step, step)
+    numbers = [float(f"{digit}e{power}") for power in powers for digit in digits]
+    usable = [number for number in numbers if 0 < number < math.inf]
+    start = max((number for number in usable if number <= low), default=usable[0])
+    end = min((number for number in usable if number >= high and number > start), default=usable[-1])
+    return [number for number in usable if start <= number <= end]
+
+
+def _power(value: float) -> str:
+    digits, power = f"{value:.0e}".split("e")
+    return f"{digits}e{int(power)}"
+
+
+def _step(count: int) -> int:
+    """1, 2 or 5 times a power of ten, so that few steps make up the count."""
+    sizes = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
+    return next(size for size in sizes if count / size <= MOST_TICKS)

@@ -1,0 +1,181 @@
+"""Do we choose the tokens that transformers chooses? Greedy and with a seed, alone and in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tinyllama.attention import KERNELS
+from tinyllama.generation import generate
+from tinyllama.model import Llama
+from tinyllama.parity.measure import FLIP_MARGIN, difference
+from tinyllama.parity.oracle import oracle_logits
+from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.sampler import Sampler, repetition_penalty
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time there was",
+    "Water boils at",
+    "你好，世界",
+    "1 + 1 = 2, 2 + 2 =",
+    "Dear Sir or Madam,\n\n",
+    "The three laws of robotics are",
+    "Q: Why is the sky blue?\nA:",
+    "In 1969",
+]
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 40, "top_p": 1.0, "repetition_penalty": 1.2},
+]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """The first token in which a continuation differs from transformers'.
+
+    Attributes:
+        row: which prompt of the batch.
+        step: how many new tokens came before.
+        ours: our id there.
+        theirs: transformers'.
+        margin: by how much the oracle prefers one to the other, in logits; with a seed, after the same draw.
+        limit: the margin under which rounding may decide: 6 RMS errors of transformers' logits.
+    """
+
+    row: int
+    step: int
+    ours: int
+    theirs: int
+    margin: float
+    limit: float
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding explains it."""
+        return self.margin <= self.limit
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """One call of `generate` and the same call of transformers.
+
+    Attributes:
+        settings: of the sampler, and the seed; empty is greedy.
+        prompts: how many in the batch.
+        ids: how many new ids were compared.
+        flips: the first difference of each row that has one.
+    """
+
+    settings: dict[str, Any]
+    prompts: int
+    ids: int
+    flips: tuple[Flip, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """Differences that rounding does not explain."""
+        return [
+            f"prompt {flip.row}, new token {flip.step}: expected {flip.theirs}, got {flip.ours}; "
+            f"the oracle's margin {flip.margin:.2e} is over {flip.limit:.2e}"
+            for flip in self.flips
+            if not flip.near_tie
+        ]
+
+
+def reference_ids(
+    reference: transformers.LlamaForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    seed: int | None = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """New ids by transformers' `generate`, never ended by EOS; prompts are padded on the left.
+
+    The global random state is as it was before.
+    """
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (length - pad) for pad in padding]
+    device = reference.device
+    sampling = {"do_sample": True, **settings} if settings else {"do_sample": False}
+    with torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        out = reference.generate(
+            torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=count,
+            pad_token_id=0,
+            eos_token_id=None,
+            **sampling,
+        )
+    return out[:, length:].tolist()
+
+
+def compare_continuations(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    seed: int | None = None,
+    attention: str = "sdpa",
+    **settings: Any,
+) -> Continuations:
+    """Continue the prompts, in one batch, by our loop and cache and by transformers'.
+
+    Args:
+        model: attends by the kernel of that name.
+        prompts: ids of each.
+        count: new ids for each.
+        seed: of both samplers.
+        attention: transformers', "eager" or "sdpa".
+        settings: of the sampler, the same names for both; none is greedy.
+    """
+    model.set_attention(KERNELS[attention])
+    reference = reference_model(model, attention)
+    ours = generate(model, prompts, max_new_tokens=count, eos_ids=(), seed=seed, **settings)
+    theirs = reference_ids(reference, prompts, count, seed, **settings)
+    sampler = Sampler(seed=seed, **settings)
+    flips = []
+    for row, (mine, right) in enumerate(zip(ours, theirs, strict=True)):
+        if mine != right:
+            step = [a == b for a, b in zip(mine, right, strict=True)].index(False)
+            prefix = [*prompts[row], *right[:step]]
+            truth, rounding = _truth(model, reference, prefix)
+            scores = _scores(sampler, truth, prefix, step, row, len(prompts))
+            margin = (scores[right[step]] - scores[mine[step]]).abs().item()
+            flips.append(Flip(row, step, mine[step], right[step], margin, FLIP_MARGIN * rounding))
+    known = settings if seed is None else {**settings, "seed": seed}
+    return Continuations(known, len(prompts), count * len(prompts), tuple(flips))
+
+
+@torch.no_grad()
+def _truth(
+    model: Llama, reference: transformers.LlamaForCausalLM, ids: Sequence[int]
+) -> tuple[Tensor, float]:
+    """The oracle's logits for the next token, (V,), and the RMS error of transformers' on the text."""
+    truth = oracle_logits(config_fields(model.config), model.state_dict(), ids)
+    logits = reference(torch.tensor([list(ids)], device=reference.device)).logits[0]
+    return truth[-1], difference(logits, truth).rms
+
+
+def _scores(sampler: Sampler, logits: Tensor, ids: Sequence[int], step: int, row: int, rows: int) -> Tensor:
+    """What the choice is the argmax of, in logits, (V,)."""
+    seen = torch.zeros(1, len(logits), dtype=torch.bool, device=logits.device)
+    seen[0, list(ids)] = True
+    if sampler.greedy:
+        return repetition_penalty(logits[None], seen, sampler.repetition_penalty)[0]
+    # The draw is argmax(probabilities / e) with exponential e, one for each token of each row and step.
+    generator = sampler.generator(logits.device)
+    for _ in range(step + 1):
+        draw = torch.empty(rows, len(logits), device=logits.device).exponential_(1, generator=generator)
+    probabilities = sampler.probabilities(logits[None], seen)[0].to(torch.float64)
+    return sampler.temperature * (probabilities.log() - draw[row].log())

@@ -1,0 +1,22 @@
+"""Real text to compare on: English, code, Chinese, fourteen other languages; SOURCES.md says from where."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from tinyllama.tokenizer import Tokenizer
+
+NAMES = ("english", "code", "chinese", "scripts")
+
+
+def read(name: str) -> str:
+    """The text of that name."""
+    return (files(__name__) / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def encoded(tokenizer: Tokenizer, name: str, length: int) -> list[int]:
+    """The first `length` ids of a text, at most; of "scripts", as many of each language's paragraph."""
+    if name != "scripts":
+        return tokenizer.encode(read(name))[:length]
+    paragraphs = [tokenizer.encode(paragraph) for paragraph in read(name).split("\n\n")]
+    return [id for ids in paragraphs for id in ids[: length // len(paragraphs)]]

@@ -1,0 +1,137 @@
+"""The values inside a forward pass, by address: ours and those of transformers, under the same names.
+
+An address is a module path of ours. The oracle fills the same ones (`oracle_logits(..., trace=...)`), so that
+three implementations can be compared value by value, in the order of the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from tinyllama.model import Llama
+
+# Of one layer, in the order in which they are computed.
+OPERATIONS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_rot",
+    "self_attn.k_rot",
+    "self_attn.scores",
+    "self_attn.pattern",
+    "self_attn.z",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.product",
+    "mlp.down_proj",
+)
+
+# Address -> value. None: the pass never came there.
+Trace = dict[str, Tensor | None]
+
+
+def stages(layers: int) -> list[str]:
+    """The addresses between embedding and logits, block by block: where a search begins."""
+    return ["embed_tokens", *(f"layers.{layer}" for layer in range(layers)), "norm", "lm_head"]
+
+
+def operations(layer: int) -> list[str]:
+    """The addresses within one layer."""
+    return [f"layers.{layer}.{name}" for name in OPERATIONS]
+
+
+@contextmanager
+def watch(model: nn.Module, addresses: Iterable[str]) -> Iterator[Trace]:
+    """Collect the outputs of the modules at these paths, and leave no hook behind.
+
+    A module path that does not exist, and one that is never called, keep None.
+    """
+    seen: Trace = dict.fromkeys(addresses)
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for address in seen.keys() & modules.keys():
+
+            def keep(_module: nn.Module, _args: Any, output: Tensor, address: str = address) -> None:
+                seen[address] = output.detach()
+
+            hooks.callback(modules[address].register_forward_hook(keep).remove)
+        yield seen
+
+
+@torch.no_grad()
+def our_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> Trace:
+    """Run our model on one text; values are without the batch axis, in the model's dtype."""
+    with watch(model, addresses) as seen:
+        model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
+    return _unbatched(seen)
+
+
+@torch.no_grad()
+def reference_trace(
+    reference: transformers.LlamaForCausalLM, ids: Sequence[int], addresses: Iterable[str]
+) -> Trace:
+    """The same of transformers' model; its sdpa attention has no scores and no pattern."""
+    wanted = list(addresses)
+    theirs = {_their_path(address): address for address in wanted}
+    with watch(reference, theirs) as outputs, _watch_inside(reference, wanted) as inside:
+        reference(torch.tensor([list(ids)], device=reference.device))
+    return _unbatched({address: outputs[path] for path, address in theirs.items()} | inside)
+
+
+def _their_path(address: str) -> str:
+    return address if address == "lm_head" else f"model.{address}"
+
+
+def _unbatched(seen: Trace) -> Trace:
+    return {address: None if value is None else value[0] for address, value in seen.items()}
+
+
+@contextmanager
+def _watch_inside(reference: transformers.LlamaForCausalLM, wanted: list[str]) -> Iterator[Trace]:
+    """What is no module of transformers: rotated q and k, scores, pattern, z and the MLP's product."""
+    seen: Trace = {}
+
+    def keep(address: str, value: Tensor | None) -> None:
+        if address in wanted:
+            seen[address] = value
+
+    def interface(name: str, default: Any) -> Any:
+        attend = original(name, default)
+
+        def recording(
+            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **more: Any
+        ) -> Any:
+            at = f"layers.{module.layer_idx}.self_attn."
+            keep(at + "q_rot", q)
+            keep(at + "k_rot", k)
+            output, pattern = attend(module, q, k, v, mask, scaling=scaling, **more)
+            if pattern is not None and at + "scores" in wanted:
+                keys = modeling_llama.repeat_kv(k, module.num_key_value_groups)
+                keep(at + "scores", q @ keys.transpose(2, 3) * scaling + mask)
+            keep(at + "pattern", pattern)
+            keep(at + "z", output.transpose(1, 2))
+            return output, pattern
+
+        return recording
+
+    original = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface
+    with ExitStack() as hooks:
+        for layer, block in enumerate(reference.model.layers):
+
+            def before(_module: nn.Module, args: tuple[Tensor], layer: int = layer) -> None:
+                keep(f"layers.{layer}.mlp.product", args[0])
+
+            hooks.callback(block.mlp.down_proj.register_forward_pre_hook(before).remove)
+        hooks.enter_context(patch.object(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", interface))
+        yield seen
