@@ -59,20 +59,22 @@ def main() -> int:
         "seconds": round(time.perf_counter() - start),
     }
     figures = report.concluded(suite.figures)
-    if args.html is not None:
-        replace_text(args.html, page(figures))
-        note(f"wrote {args.html}")
     if args.json:
         print(json.dumps(figures, indent=1, allow_nan=False))
     else:
         show(figures)
+    if args.html is not None:
+        replace_text(args.html, page(figures))
+        note(f"wrote {args.html}")
     return 0 if figures["passed"] else 1
 
 
 def judge(args: argparse.Namespace, suite: Suite) -> None:
     """Have the suite judge what the options ask for."""
+    from tinyllama.device import usable_device
     from tinyllama.kernel_file import load_kernel
 
+    usable_device(args.device)  # before weights are drawn or read
     kernels = {spec: load_kernel(spec) for spec in args.attention or ["eager", "sdpa"]}
     subjects = [subject(name, args) for name in args.models or default_models(args.quick)]
     if args.against is None:
@@ -109,10 +111,10 @@ def subject(name: str, args: argparse.Namespace) -> Subject:
     if name == SHAPE:
         return Shape(SHAPE, LlamaConfig(), args.device)
     folder = resolve(name)
-    texts = {file: read_text(file) for file in args.text} if args.text else None
     tokenizer = Tokenizer.from_folder(folder)
-    official = folder == on_disk(DEFAULT_MODEL)
-    return Checkpoint(folder.name, folder, tokenizer, texts, official, args.device)
+    known = on_disk(DEFAULT_MODEL)
+    official = known is not None and folder.samefile(known)
+    return Checkpoint(folder.resolve().name, folder, tokenizer, args.text, official, args.device)
 
 
 def extent(args: argparse.Namespace, one: Subject) -> Extent:
@@ -184,8 +186,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
     args = parser.parse_args()
-    if args.html is not None and not args.html.resolve().parent.is_dir():
-        parser.error(f"--html {args.html}: no such folder {args.html.resolve().parent}; make it first")
+    if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):
+        parser.error(f"--html {args.html}: expected a file in a folder that exists; make the folder first")
+    if args.text and SHAPE in args.models:
+        parser.error(f"--text: {SHAPE} has random weights and no tokenizer; leave one of them out")
+    # Once for all models: stdin can be read but once.
+    args.text = {file: read_text(file) for file in args.text} if args.text else None
     return args
 
 

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from tests.shapes import some_ids, tiny_model
-from tests.test_generation import PROMPTS, SETTINGS
+from tests.test_generation import PROMPTS
 from tinyllama.attention import KERNELS
 from tinyllama.generation import generate
-from tinyllama.parity import difference, judge, oracle_logits
+from tinyllama.parity import bisect, difference, judge, kernel_run, oracle_logits, reference_run
+from tinyllama.parity.comparison import REFERENCES
+from tinyllama.parity.continuations import SETTINGS, reference_ids
+from tinyllama.parity.gradients import compare_gradients
+from tinyllama.parity.mutations import MUTATIONS
 from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.trace import our_trace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,20 +44,25 @@ def test_logits_pass_the_criteria_of_the_dtype(dtype, attention):
         assert torch.equal(logits, theirs[0])
 
 
-def transformers_ids(model, prompt, count, seed=None, **settings):
-    sampling = {"do_sample": False} if seed is None else {"do_sample": True, **settings}
-    if seed is not None:
-        torch.manual_seed(seed)
-    ids = torch.tensor([prompt], device="cuda")
-    out = reference_model(model, "sdpa").generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        pad_token_id=0,
-        eos_token_id=None,
-        **sampling,
+def test_the_right_model_diverges_nowhere_and_a_planted_bug_is_named():
+    right = tiny_model().cuda()
+    ids, references = IDS[0].tolist(), [reference_run(right, name) for name in REFERENCES]
+    assert bisect(kernel_run(right, KERNELS["sdpa"]), right, ids, references) is None
+    (mutation,) = (
+        mutation for mutation in MUTATIONS if mutation.name == "KV heads tiled instead of repeated"
     )
-    return out[:, len(prompt) :].tolist()
+    wrong = tiny_model().cuda()
+    with mutation.planted(wrong):
+        found = bisect(lambda ids, at: our_trace(wrong, ids, at), right, ids, references)
+    assert (found.address, found.suspect) == (mutation.address, mutation.suspect)
+
+
+def test_gradients_pass():
+    assert all(row.passed for row in compare_gradients(tiny_model().cuda(), IDS[0].tolist()))
+
+
+def transformers_ids(model, prompt, count, seed=None, **settings):
+    return reference_ids(reference_model(model, "sdpa"), [prompt], count, seed, **settings)
 
 
 @pytest.mark.parametrize("attention", sorted(KERNELS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from tinyllama.attention import Kernel, kernel
@@ -21,13 +22,15 @@ def load_kernel(spec: str) -> Kernel:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{file}: no such file; expected a kernel as file.py:function")
-    source = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a file called random.py must not take the place of that module.
+    source = importlib.util.spec_from_file_location(f"kernel_file_{path.stem}", path)
     if source is None or source.loader is None:
         raise InputError(f"{file}: expected a Python file, by the name of file.py")
     module = importlib.util.module_from_spec(source)
+    sys.modules[source.name] = module  # where dataclasses look their own module up
     try:
         source.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{file}: {type(error).__name__}: {error}; mend the file") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -30,7 +30,7 @@ class Row:
         reference: whether it is one of those that are right, by which the others are judged.
         measured: their difference from the truth.
         by_layer: relRMS at each of the model's stages, from the embedding to the logits; NaN where a stage
-            was never computed.
+            was never computed, or in another shape.
         same_bits: whether every logit equals that of the reference with the same attention; None where there
             is no such partner.
         failures: every criterion that is broken; none for a reference.
@@ -161,7 +161,10 @@ class _Tally:
             if address == "lm_head" or right is None:
                 continue
             sums = self.squares.setdefault(address, [0.0, 0.0])
-            sums[0] += math.nan if value is None else (value - right).square().sum().item()
+            if value is None or value.shape != right.shape:
+                sums[0] = math.nan
+            else:
+                sums[0] += (value - right).square().sum().item()
             sums[1] += right.square().sum().item()
         self.parts.append(difference(_logits(values), _logits(truth), ids))
 
@@ -223,7 +226,7 @@ def compare(
     """
     batch = torch.tensor([list(ids)])
     ours, theirs = (_rows(one(batch)) for one in (mine, reference))
-    right = theirs.to(torch.float64) if truth is None else truth
+    right = theirs.to(torch.float64) if truth is None else truth.cpu()
     for who, logits in (("mine", ours), ("reference", theirs)):
         if logits.shape != right.shape:
             raise ValueError(
@@ -237,4 +240,4 @@ def compare(
 
 def _rows(output: Any) -> Tensor:
     logits: Tensor = getattr(output, "logits", output)
-    return logits[0] if logits.dim() == 3 else logits
+    return (logits[0] if logits.dim() == 3 else logits).cpu()

@@ -53,14 +53,15 @@ def compare_gradients(model: Llama, ids: Sequence[int]) -> list[WeightGradient]:
         model: in float32; its weights and their gradients are as before afterwards.
         ids: the text whose mean next-token loss is differentiated.
     """
-    dtype = model.embed_tokens.weight.dtype
+    weight = model.embed_tokens.weight
+    batch = torch.tensor([ids], device=weight.device)
     truth = _oracle_gradients(model, ids)
     ours, theirs = [], []
     for name, kernel in KERNELS.items():
         model.set_attention(kernel)
-        ours.append(_gradients(model, model(torch.tensor([ids])), ids))
+        ours.append(_gradients(model, model(batch), ids))
         reference = reference_model(model, name)
-        theirs.append(_gradients(reference, reference(torch.tensor([ids])).logits, ids))
+        theirs.append(_gradients(reference, reference(batch).logits, ids))
     rows = []
     for name, right in truth.items():
         worst = max(relative_error(gradients[name], right) for gradients in theirs)
@@ -69,7 +70,7 @@ def compare_gradients(model: Llama, ids: Sequence[int]) -> list[WeightGradient]:
                 weight=name,
                 error=max(relative_error(gradients[name], right) for gradients in ours),
                 reference=worst,
-                limit=FACTOR[dtype] * worst,
+                limit=FACTOR[weight.dtype] * worst,
                 same_bits=all(torch.equal(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)),
             )
         )
@@ -77,7 +78,7 @@ def compare_gradients(model: Llama, ids: Sequence[int]) -> list[WeightGradient]:
 
 
 def _loss(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    return F.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+    return F.cross_entropy(logits[:-1], torch.tensor(ids[1:], device=logits.device))
 
 
 def _gradients(network: nn.Module, logits: Tensor, ids: Sequence[int]) -> Gradients:

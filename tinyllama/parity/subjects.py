@@ -11,6 +11,7 @@ import torch
 
 from tinyllama.checkpoint import load_model
 from tinyllama.config import LlamaConfig
+from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.parity import texts
 from tinyllama.parity.continuations import PROMPTS
@@ -122,15 +123,30 @@ class Checkpoint:
         return load_model(self.folder, device=self.device, dtype=stored).to(getattr(torch, dtype))
 
     def texts(self, extent: Extent) -> Texts:
-        """Cut to the extent; a text of one's own is cut to the context only."""
-        if self.own_texts is not None:
-            context = LlamaConfig.from_folder(self.folder).max_position_embeddings
-            return {name: self.tokenizer.encode(text)[:context] for name, text in self.own_texts.items()}
-        return {name: texts.encoded(self.tokenizer, name, extent.positions) for name in texts.NAMES}
+        """Cut to the extent, a text of one's own to the context.
+
+        Raises:
+            InputError: a text has too few tokens for a next one.
+        """
+        if self.own_texts is None:
+            length = min(extent.positions, self._context)
+            return {name: texts.encoded(self.tokenizer, name, length) for name in texts.NAMES}
+        own = {name: self.tokenizer.encode(text)[: self._context] for name, text in self.own_texts.items()}
+        for name, ids in own.items():
+            if len(ids) < 2:
+                raise InputError(
+                    f"{name}: expected a text of 2 tokens at least, got {len(ids)}; give more text"
+                )
+        return own
 
     def long_text(self, extent: Extent) -> list[int]:
         """More of the English text."""
-        return [] if self.own_texts else texts.encoded(self.tokenizer, "english", extent.long)
+        length = min(extent.long, self._context)
+        return [] if self.own_texts else texts.encoded(self.tokenizer, "english", length)
+
+    @property
+    def _context(self) -> int:
+        return LlamaConfig.from_folder(self.folder).max_position_embeddings
 
     def prompts(self) -> list[list[int]]:
         """The same for every model."""
