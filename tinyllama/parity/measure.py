@@ -20,8 +20,9 @@ MAX_KL_FLOAT32 = 1e-9
 KL_FACTOR_FLOAT32 = 4.0
 # A top-1 flip is forgiven where the oracle's own margin is within this many RMS errors of the reference.
 FLIP_MARGIN = 6.0
-# Positions measured at once: a vocabulary in float64 is 0.4 MB a position.
-CHUNK = 256
+# Positions measured at once: a vocabulary in float64 is 0.4 MB a position, and larger temporaries would be
+# fetched from the system anew each time.
+CHUNK = 32
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class Extent:
 FULL = Extent(
     DTYPES, positions=256, long=2040, prompts=6, greedy_ids=20, seeds=5, sampled_ids=8, gradients=True
 )
-LARGE = Extent(DTYPES, positions=32, long=0, prompts=2, greedy_ids=8, seeds=1, sampled_ids=4, gradients=False)
+LARGE = Extent(DTYPES, positions=32, long=0, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3, gradients=False)
 QUICK = Extent(
     ("float32", "bfloat16"),
     positions=64,
