@@ -159,7 +159,9 @@ def test_a_page_is_written_beside_what_is_printed(parity, tiny, tmp_path):
 
 
 def test_a_page_without_a_folder_is_refused_before_any_model_is_looked_for(parity, tmp_path):
-    assert_refused(parity("no-such-model", "--html", tmp_path / "absent" / "page.html"), "make the folder first")
+    assert_refused(
+        parity("no-such-model", "--html", tmp_path / "absent" / "page.html"), "make the folder first"
+    )
 
 
 def test_nan_is_a_failure_that_tables_json_and_page_can_show(parity, tiny, tmp_path):
