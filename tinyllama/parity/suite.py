@@ -229,8 +229,12 @@ def _first_divergence(
     run: Run, right: Llama, texts: Texts, references: list[Run], true: Run | None
 ) -> tuple[str, Divergence | None]:
     """Search the texts' beginnings, then whole texts; returns what was searched last, and what was found."""
-    searched = [(f"{name}, first {SEARCHED} tokens", ids[:SEARCHED]) for name, ids in texts.items()]
-    searched += [(name, ids) for name, ids in texts.items() if len(ids) > SEARCHED]
+    long = {name: ids for name, ids in texts.items() if len(ids) > SEARCHED}
+    searched = [
+        (f"{name}, first {SEARCHED} tokens" if name in long else name, ids[:SEARCHED])
+        for name, ids in texts.items()
+    ]
+    searched += long.items()
     for name, ids in searched:
         found = bisect(run, right, ids, references, true)
         if found is not None:
