@@ -9,11 +9,12 @@ import torch
 import tinyllama.attention
 from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
 from tinyllama.attention import KERNELS, eager
-from tinyllama.parity import bisect, oracle_logits, suspects
+from tinyllama.parity import bisect, oracle_logits
 from tinyllama.parity.comparison import REFERENCES, kernel_run, reference_run
 from tinyllama.parity.mutations import MUTATIONS
 from tinyllama.parity.reference import config_fields, reference_model
-from tinyllama.parity.suspects import Scene, relative_error, suspect
+from tinyllama.parity.scene import Scene, relative_error
+from tinyllama.parity.suspects import formulas, suspect
 from tinyllama.parity.trace import operations, our_trace, reference_trace, stages
 
 T = 48
@@ -291,23 +292,17 @@ def test_every_suspect_is_named_where_it_is_the_truth(scaled):
         for address in places:
             came_in = {"norm": "layers.3", "lm_head": "norm"}.get(address, before)
             seen = {other: trace[other] for other in [*operations(2), address]} | {"input": trace[came_in]}
-            for name, value in formulas(Scene(address, seen, config, weights, IDS)).items():
+            for name, value in formulas(Scene(address, seen, config, weights, IDS)):
                 if relative_error(value, trace[address]) < 1e-9:
                     continue  # the right formula, or one whose number is fitted to the right values
                 # As a float32 implementation would have it.
                 scene = Scene(address, seen | {address: value.float().double()}, config, weights, IDS)
                 answer = suspect(scene)
                 assert answer is not None, (address, name)
-                same = relative_error(value, formulas(scene)[answer]) < 1e-6
+                same = relative_error(value, dict(formulas(scene))[answer]) < 1e-6
                 assert answer == name or same, (address, name, answer)
                 named.add(name)
     assert len(named) > 60
-
-
-def formulas(scene):
-    """Every formula that is tried at a place."""
-    block = scene.address.startswith("layers.") and scene.address.count(".") == 1
-    return dict((suspects._block if block else suspects._MISTAKES[scene.name])(scene))
 
 
 def test_a_suspect_is_never_named_for_rounding():

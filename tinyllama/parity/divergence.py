@@ -13,7 +13,8 @@ from tinyllama.model import Llama
 from tinyllama.parity.measure import CEILING
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields
-from tinyllama.parity.suspects import Scene, relative_error, suspect
+from tinyllama.parity.scene import Scene, relative_error
+from tinyllama.parity.suspects import suspect
 from tinyllama.parity.trace import Trace, operations, stages
 
 # What runs one text and gives the values at the addresses asked for. An address that is absent from its

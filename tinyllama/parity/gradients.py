@@ -14,7 +14,7 @@ from tinyllama.model import Llama
 from tinyllama.parity.measure import FACTOR
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields, reference_model
-from tinyllama.parity.suspects import relative_error
+from tinyllama.parity.scene import relative_error
 
 Gradients = dict[str, Tensor]
 
