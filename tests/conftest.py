@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_tokenizers import find_llama_folder
@@ -13,6 +15,13 @@ from tinyllama.hub import resolve
 from tinyllama.tokenizer import Tokenizer
 
 SHARED_VARIABLE = "TINYLLAMA_SHARED"
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Nothing is recorded for a backward pass."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

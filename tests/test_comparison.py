@@ -14,13 +14,9 @@ from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, re
 from tinyllama.parity.measure import limits
 from tinyllama.parity.reference import config_fields, reference_model
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 IDS = some_ids(1, 64)[0].tolist()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def off_by(error, truth):

@@ -17,14 +17,10 @@ from tinyllama.parity.scene import Scene, relative_error
 from tinyllama.parity.suspects import formulas, suspect
 from tinyllama.parity.trace import operations, our_trace, reference_trace, stages
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 T = 48
 IDS = some_ids(1, T)[0].tolist()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def search(run, right, truth=None):
@@ -185,7 +181,7 @@ PLANTED = {
     fused_and_tiled: ("layers.0.self_attn.z", "KV heads are tiled"),
     bfloat16_pattern: ("layers.0.self_attn.pattern", "the pattern is rounded to bfloat16"),
     scaled_embedding: ("embed_tokens", "embeddings are scaled by sqrt(hidden_size)"),
-    no_residual: ("layers.1", "the residual stream is left out of the output"),
+    no_residual: ("layers.1", "the layer's input is left out of its output"),
     rounded_norm: ("layers.2.post_attention_layernorm", "the norm is computed in bfloat16"),
 }
 

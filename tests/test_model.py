@@ -15,6 +15,8 @@ from tinyllama.model import Llama, RMSNorm
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 T = 48
 kernels = pytest.mark.parametrize("attention", sorted(KERNELS))
 
@@ -31,12 +33,6 @@ def float32_error(model, ids, logits):
 def assert_within_2_eps(model, ids, logits, expected):
     """`logits` of one text differ from `expected` by at most twice the latter's error."""
     assert rms(logits - expected) <= 2 * float32_error(model, ids, expected)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @kernels

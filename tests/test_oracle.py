@@ -10,14 +10,10 @@ from tinyllama.parity import difference, oracle_logits
 from tinyllama.parity.reference import config_fields, reference_model
 from tinyllama.parity.trace import operations, our_trace, stages
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 T = 64
 IDS = some_ids(1, T)[0].tolist()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def logits_of(model, trace=None, ids=IDS):

@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tinyllama.parity.charts import NOT_DRAWN, Chart, layer_chart, position_charts
 from tinyllama.parity.page import formatted, page
@@ -326,14 +327,13 @@ def test_a_case_without_a_curve():
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip(f"needs one of {', '.join(names)}")
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     quiet += ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=path, args=quiet)
         yield running
         running.close()

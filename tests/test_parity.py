@@ -18,15 +18,11 @@ from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.mutations import MUTATIONS, try_mutations
 from tinyllama.parity.reference import config_fields, reference_model
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 T = 64
 IDS = some_ids(1, T)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def measured(model, logits):

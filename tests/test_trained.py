@@ -11,6 +11,8 @@ from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.continuations import PROMPTS, SETTINGS
 from tinyllama.parity.reference import config_fields, reference_model
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TEXT = """A language model gives, for each place in a text, a probability for every token that may come \
 next. Training makes the tokens that did come more likely. für naïve façade: Ελλάδα, Москва, 東京, 서울 🦙🦙 \
 for i in range(10): print(f"{i:>3} {i * i:>5}")"""
@@ -19,12 +21,6 @@ for i in range(10): print(f"{i:>3} {i * i:>5}")"""
 @pytest.fixture(scope="module")
 def loaded(smollm2_folder):
     return tinyllama.load(str(smollm2_folder), device="cpu", dtype="float32", attention="eager")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -142,5 +142,5 @@ def block(scene: Scene) -> Suspects:
     yield "the layer is skipped", x
     yield "the MLP is skipped", x + attended
     yield "attention is skipped", x + mlp
-    yield "the MLP's output is not added to the residual stream", mlp
-    yield "the residual stream is left out of the output", attended + mlp
+    yield "the MLP's output alone is passed on, without the residual stream", mlp
+    yield "the layer's input is left out of its output", attended + mlp
