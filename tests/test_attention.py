@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.shapes import some_ids, tiny_model
+from tests.shapes import some_ids, tiny_config, tiny_model
 from tinyllama.attention import KERNELS, AttentionContext, Visibility, eager, kernel, sdpa
 from tinyllama.errors import InputError
+from tinyllama.rope import RotaryEmbedding
 
 kernels = pytest.mark.parametrize("attention", [eager, sdpa])
 B, H, K, T, D = 2, 8, 2, 12, 16
+ROTARY = RotaryEmbedding(tiny_config(head_dim=D))
 
 
 def inputs(dtype=torch.float32, seed=0):
@@ -20,7 +22,8 @@ def inputs(dtype=torch.float32, seed=0):
 
 def context(positions, causal=False, taps=None):
     tap = (lambda x: x) if taps is None else (lambda x: taps.append(x) or x)
-    return AttentionContext(Visibility.of(positions, None, causal), D**-0.5, 0, tap, tap)
+    visible = Visibility.of(positions, positions, causal, ROTARY)
+    return AttentionContext(visible, D**-0.5, 0, tap, tap)
 
 
 @kernels
@@ -63,7 +66,9 @@ def test_fewer_keys_are_seen_where_a_context_allows_fewer(attention):
 def context_of_one(t, start):
     """A query at position t that sees the keys from `start` on, all of them."""
     keys = torch.arange(start, t + 1).expand(B, -1)
-    visible = Visibility(torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False)
+    visible = Visibility(
+        torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False, ROTARY
+    )
     return AttentionContext(visible, D**-0.5, 0, lambda x: x, lambda x: x)
 
 

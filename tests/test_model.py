@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.shapes import some_ids, tiny_config, tiny_model
 from tinyllama.attention import KERNELS
 from tinyllama.config import LlamaConfig
+from tinyllama.errors import InputError
 from tinyllama.model import Llama, RMSNorm
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields
@@ -211,5 +212,5 @@ def test_attention_can_be_set_for_some_layers_only():
     model = tiny_model(attention="sdpa")
     model.set_attention(KERNELS["eager"], layers=[1, 3])
     assert [layer.self_attn.kernel.__name__ for layer in model.layers] == ["sdpa", "eager", "sdpa", "eager"]
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match="layers: expected 0 to 3, got 4"):
         model.set_attention(KERNELS["eager"], layers=[4])

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyllama.activations import addresses, capture, patch
     from tinyllama.attention import AttentionContext, eager, sdpa
     from tinyllama.cache import KVCache
     from tinyllama.checkpoint import load_model
@@ -40,10 +41,13 @@ __all__ = [
     "TextReply",
     "TokenStream",
     "Tokenizer",
+    "addresses",
+    "capture",
     "eager",
     "generate",
     "load",
     "load_model",
+    "patch",
     "prefill",
     "resolve",
     "sdpa",
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "activations": ["addresses", "capture", "patch"],
     "attention": ["AttentionContext", "eager", "sdpa"],
     "cache": ["KVCache"],
     "checkpoint": ["load_model"],

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +19,32 @@ from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.linear import Linear
-from tinyllama.rope import rotate
+from tinyllama.rope import RotaryEmbedding, rotate
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys each query may look at; the same for all layers of one pass.
+    """Where queries and keys stand, and which keys each query may look at; the same for all layers of a pass.
 
     Attributes:
         mask: (B or 1, 1, T, S), True where the query may look at the key.
         query_positions: (B, T); -1 for padding.
         key_positions: (B or 1, S).
         causal: the mask is a plain lower triangle (T = S, no padding), so a kernel may leave it out.
+        rotary: cos and sin by which RoPE has turned queries and keys, for any positions; see `rotate`.
     """
 
     mask: Tensor
     query_positions: Tensor
     key_positions: Tensor
     causal: bool
+    rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(positions: Tensor, cache: KVCache | None, causal: bool) -> Visibility:
+    def of(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> Visibility:
         """A query sees the keys at its own position and before; nothing sees padding (position -1)."""
-        keys = positions if cache is None else torch.arange(cache.visible, device=positions.device)[None]
         mask = (keys[:, None, :] <= positions[:, :, None]) & (keys >= 0)[:, None, :]
-        return Visibility(mask[:, None], positions, keys, causal)
+        return Visibility(mask[:, None], positions, keys, causal, rotary)
 
     def where(self, also: Tensor) -> Visibility:
         """Only the keys that `also` allows too: booleans that broadcast to (B, 1, T, S)."""
@@ -130,6 +133,16 @@ def kernel(name: str) -> Kernel:
     return KERNELS[name]
 
 
+def kernel_name(kernel: Kernel) -> str:
+    """As it was written: `window`, or `window(size=64)` for a kernel with a setting of its own."""
+    if isinstance(kernel, partial) and not kernel.keywords:
+        return kernel_name(kernel.func)
+    if isinstance(kernel, partial):
+        settings = ", ".join(f"{name}={value!r}" for name, value in kernel.keywords.items())
+        return f"{kernel_name(kernel.func)}({settings})"
+    return getattr(kernel, "__name__", type(kernel).__name__)
+
+
 class Tap(nn.Identity):
     """A value with a name: a forward hook here reads it, or replaces it by what the hook returns."""
 
@@ -178,6 +191,12 @@ class Attention(nn.Module):
         z = self.z(self.kernel(q, k, v, context))  # (B, H, T, D)
         return self.o_proj(z.transpose(1, 2).flatten(2))  # (B, T, C)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let a function take the place of a kernel that is a module (one with weights), too."""
+        if name == "kernel" and name in self._modules:
+            del self.kernel
+        super().__setattr__(name, value)
+
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) as (B, heads, T, D)."""
         B, T, _ = x.shape
@@ -185,4 +204,4 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """The kernel's name, for print(model)."""
-        return f"kernel={getattr(self.kernel, '__name__', self.kernel)}"
+        return f"kernel={kernel_name(self.kernel)}"

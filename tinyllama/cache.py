@@ -49,6 +49,11 @@ class KVCache:
         """How many tokens a row can hold."""
         return self.keys.shape[3] - 1
 
+    @property
+    def positions(self) -> Tensor:
+        """Those of the visible slots, (1, S)."""
+        return torch.arange(self.visible, device=self.keys.device)[None]
+
     def upto(self, length: int) -> KVCache:
         """The same memory, of which attention reads the first `length` slots only."""
         view = copy(self)

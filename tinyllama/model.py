@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllama.attention import Attention, Kernel, Tap, Visibility
+from tinyllama.by_head import ByHead
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
+from tinyllama.errors import InputError
 from tinyllama.linear import Linear
 from tinyllama.rope import RotaryEmbedding
 
@@ -110,7 +112,8 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=ids.device).expand_as(ids)
         x = self.embed_tokens(ids)  # (B, T, C)
         rotation = self.rotary(positions, x.dtype)
-        visible = Visibility.of(positions, cache, causal)
+        keys = positions if cache is None else cache.positions
+        visible = Visibility.of(positions, keys, causal, self.rotary)
         for block in self.layers:
             x = block(x, rotation, visible, cache)
         return self.norm(x)
@@ -120,11 +123,20 @@ class Llama(nn.Module):
         weight = self.embed_tokens.weight
         return KVCache(self.config, batch, capacity, dtype=weight.dtype, device=weight.device)
 
-    def set_attention(self, kernel: Kernel, layers: Iterable[int] | None = None) -> None:
-        """Let the given layers (None: all) attend by `kernel`."""
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
-        for layer in range(len(attentions)) if layers is None else layers:
-            attentions[layer].kernel = kernel
+    def set_attention(
+        self, kernel: Kernel, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
+    ) -> None:
+        """Let the given layers and query heads (None: all) attend by `kernel`, the others as before.
+
+        Raises:
+            InputError: there is no such layer or head.
+        """
+        attentions = {module.layer: module for module in self.modules() if isinstance(module, Attention)}
+        chosen = _within(layers, "layers", attentions)
+        some = None if heads is None else _within(heads, "heads", range(self.config.num_attention_heads))
+        for layer in chosen:
+            attention = attentions[layer]
+            attention.kernel = kernel if some is None else ByHead(kernel, some, attention.kernel)
 
     def tie_weights(self) -> None:
         """Where the config says so, let the head be the embedding: one tensor, two names."""
@@ -134,3 +146,12 @@ class Llama(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers were trained; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _within(numbers: Iterable[int] | None, what: str, known: Collection[int]) -> list[int]:
+    """The numbers, or all that are known."""
+    chosen = list(known if numbers is None else numbers)
+    wrong = [number for number in chosen if number not in known]
+    if wrong:
+        raise InputError(f"{what}: expected 0 to {max(known)}, got {wrong[0]}")
+    return chosen

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 import tinyllama.attention
 import tinyllama.model
 from tinyllama.attention import AttentionContext, Visibility, eager
-from tinyllama.cache import KVCache
 from tinyllama.model import MLP, Llama, RMSNorm
 from tinyllama.parity.divergence import Divergence, bisect
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
@@ -162,8 +161,8 @@ def _scale_by_hidden_size(model: Llama) -> Iterator[None]:
 
 
 def _leaking_mask(model: Llama) -> AbstractContextManager[Any]:
-    def leaking(positions: Tensor, cache: KVCache | None, causal: bool) -> Visibility:
-        visible = original(positions, cache, causal)
+    def leaking(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> Visibility:
+        visible = original(positions, keys, causal, rotary)
         ahead = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None] + 1
         return dataclasses.replace(visible, mask=ahead, causal=False)
 

@@ -6,7 +6,7 @@ three implementations can be compared value by value, in the order of the comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+from tinyllama.activations import hooked
 from tinyllama.model import Llama
 
 # Of one layer, in the order in which they are computed.
@@ -58,14 +59,11 @@ def watch(model: nn.Module, addresses: Iterable[str]) -> Iterator[Trace]:
     A module path that does not exist, and one that is never called, keep None.
     """
     seen: Trace = dict.fromkeys(addresses)
-    modules = dict(model.named_modules())
-    with ExitStack() as hooks:
-        for address in seen.keys() & modules.keys():
 
-            def keep(_module: nn.Module, _args: Any, output: Tensor, address: str = address) -> None:
-                seen[address] = output.detach()
+    def keep(address: str) -> Callable[[Tensor], None]:
+        return lambda value: seen.update({address: value.detach()})
 
-            hooks.callback(modules[address].register_forward_hook(keep).remove)
+    with hooked(model, {address: keep(address) for address in seen.keys() & dict(model.named_modules())}):
         yield seen
 
 
