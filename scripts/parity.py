@@ -72,7 +72,7 @@ def main() -> int:
 def judge(args: argparse.Namespace, suite: Suite) -> None:
     """Have the suite judge what the options ask for."""
     from tinyllama.device import usable_device
-    from tinyllama.kernel_file import load_kernel
+    from tinyllama.lab.kernel_file import load_kernel
 
     usable_device(args.device)  # before weights are drawn or read
     kernels = {spec: load_kernel(spec) for spec in args.attention or ["eager", "sdpa"]}

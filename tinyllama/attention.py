@@ -73,6 +73,10 @@ class AttentionContext:
         """The same, seeing only what `also` allows too; see `Visibility.where`."""
         return replace(self, visible=self.visible.where(also))
 
+    def untapped(self) -> AttentionContext:
+        """The same with nothing to be read: for a part of a computation, or one on the side."""
+        return replace(self, scores=lambda x: x, pattern=lambda x: x)
+
 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
 
@@ -91,15 +95,24 @@ def eager(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     Returns:
         (B, H, T, D).
     """
-    G = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)  # (B, H, S, D)
+    k, v = repeat_kv(q, k, v)  # (B, H, S, D)
     scores = q @ k.transpose(2, 3) * context.scale  # (B, H, T, S)
+    return masked_softmax(scores, context) @ v
+
+
+def repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once for each query head: (B, K, S, D) -> (B, H, S, D)."""
+    G = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
+
+
+def masked_softmax(scores: Tensor, context: AttentionContext) -> Tensor:
+    """The attention pattern of some scores: a softmax over the visible keys; (B, H, T, S)."""
     # The lowest finite number, not -inf: a row that sees nothing (padding) stays finite.
     scores = context.scores(scores.masked_fill(~context.visible.mask, torch.finfo(scores.dtype).min))
     # float32 at least: a bfloat16 sum over many keys loses the small ones.
-    working = torch.promote_types(q.dtype, torch.float32)
-    pattern = context.pattern(scores.softmax(dim=-1, dtype=working).to(q.dtype))
-    return pattern @ v
+    working = torch.promote_types(scores.dtype, torch.float32)
+    return context.pattern(scores.softmax(dim=-1, dtype=working).to(scores.dtype))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:

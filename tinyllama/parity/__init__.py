@@ -4,11 +4,17 @@
 `python scripts/parity.py` does both for this project's own model; docs/different-logits.md shows how.
 """
 
-from tinyllama.parity.comparison import Comparison, compare, kernel_run, reference_run
-from tinyllama.parity.divergence import Divergence, bisect
-from tinyllama.parity.measure import Difference, Verdict, difference, judge
-from tinyllama.parity.oracle import oracle_logits
-from tinyllama.parity.reference import config_fields, reference_model
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyllama.parity.comparison import Comparison, compare, kernel_run, reference_run
+    from tinyllama.parity.divergence import Divergence, bisect
+    from tinyllama.parity.measure import Difference, Verdict, difference, judge
+    from tinyllama.parity.oracle import oracle_logits
+    from tinyllama.parity.reference import config_fields, reference_model
 
 __all__ = [
     "Comparison",
@@ -25,3 +31,19 @@ __all__ = [
     "reference_model",
     "reference_run",
 ]
+
+_PLACES = {
+    "comparison": ["Comparison", "compare", "kernel_run", "reference_run"],
+    "divergence": ["Divergence", "bisect"],
+    "measure": ["Difference", "Verdict", "difference", "judge"],
+    "oracle": ["oracle_logits"],
+    "reference": ["config_fields", "reference_model"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use: the measures and texts serve without transformers too."""
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"tinyllama.parity.{module}"), name)
+    raise AttributeError(f"module 'tinyllama.parity' has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""What an attention kernel promises, clause by clause, and how one says that it breaks some."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama.attention import AttentionContext, Kernel, kernel_name
+from tinyllama.by_head import ByHead
+from tinyllama.errors import InputError
+
+CLAUSES = {
+    "shape": "gives (B, H, T, D), for any number of rows, queries and keys",
+    "pure": "leaves its inputs as they are, and gives the same again",
+    "causal": "a later token changes no bit of what comes before it",
+    "cache": "token by token from a cache gives what the whole text gives",
+    "chunks": "a text in pieces gives what the whole text gives",
+    "batch": "the rows of a batch do not touch each other",
+    "padding": "padding on the left changes nothing",
+    "groups": "query head h reads KV head h // (H / K)",
+    "dtype": "gives float64, float32, bfloat16 and float16 for the same",
+    "finite": "a query that sees nothing gets something finite",
+    "gradient": "the gradients of q, k and v are there, right and finite",
+    "compile": "torch.compile makes one graph of it, which gives the same",
+}
+# Without these no other clause means anything.
+UNBREAKABLE = ("shape", "pure")
+
+
+def breaks(*clauses: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Declare that a kernel breaks clauses of the contract: `@breaks("cache")` over its definition.
+
+    `check_attention` then takes them for broken on purpose. What a forward pass can see is refused where it
+    would give wrong results in silence: a cache ("cache"), a part of a text ("chunks"), several rows
+    ("batch"), padding ("padding").
+
+    Raises:
+        InputError: there is no such clause, or it may not be broken.
+    """
+    for clause in clauses:
+        if clause not in CLAUSES or clause in UNBREAKABLE:
+            known = [name for name in CLAUSES if name not in UNBREAKABLE]
+            raise InputError(f"breaks: expected some of {', '.join(known)}, got {clause!r}")
+
+    def declare(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(kernel)
+        def declared(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, **settings: Any) -> Tensor:
+            _refuse(kernel_name(kernel), clauses, q, k, context)
+            return kernel(q, k, v, context, **settings)
+
+        declared.broken_clauses = frozenset(clauses)  # type: ignore[attr-defined]
+        return declared
+
+    return declare
+
+
+def broken_clauses(kernel: Kernel) -> frozenset[str]:
+    """The clauses that a kernel declares to break."""
+    if isinstance(kernel, functools.partial):
+        return broken_clauses(kernel.func)
+    if isinstance(kernel, ByHead):
+        return broken_clauses(kernel.kernel) | broken_clauses(kernel.others)
+    return getattr(kernel, "broken_clauses", frozenset())
+
+
+def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: AttentionContext) -> None:
+    """Raise InputError if this pass needs a clause that the kernel declares to break."""
+    B, T, S = q.shape[0], q.shape[2], k.shape[2]
+    got = None
+    if "cache" in clauses and T == 1 < S:
+        got = f"1 query for {S} keys of a cache"
+    if "chunks" in clauses and 1 < T < S:
+        got = f"{T} queries for {S} keys"
+    if "batch" in clauses and B > 1:
+        got = f"{B} rows"
+    if "padding" in clauses and _padded(context):
+        got = "padding on the left"
+    if got is not None:
+        raise InputError(
+            f"{name}: got {got}, but it declares that it breaks {', '.join(sorted(clauses))}; "
+            "run it on whole texts, each alone"
+        )
+
+
+def _padded(context: AttentionContext) -> bool:
+    # Looks at data, so never inside a graph.
+    visible = context.visible
+    if visible.causal or torch.compiler.is_compiling():
+        return False
+    return bool((visible.query_positions < 0).any())

@@ -1,0 +1,110 @@
+"""An attention kernel by its name, or out of a user's own file."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tinyllama.attention import KERNELS, Kernel
+from tinyllama.errors import InputError
+from tinyllama.lab import restatements, variants
+
+VARIANTS: dict[str, Kernel] = {
+    kernel.__name__: kernel
+    for kernel in (
+        variants.window,
+        variants.sinks,
+        variants.alibi,
+        variants.no_positions,
+        variants.softcap,
+        variants.linear,
+        variants.differential,
+        variants.topk,
+        variants.regroup,
+        variants.ablate,
+        restatements.loops,
+        restatements.online,
+        restatements.flex,
+    )
+}
+
+
+def load_kernel(spec: str) -> Kernel:
+    """The kernel that a name (`sdpa`, `window`) or `file.py:function` stands for; runs the file.
+
+    Settings may follow: `window:size=64`, `file.py:function:size=64,cap=(1,2)`.
+
+    Raises:
+        InputError: there is no such kernel or setting, or the file fails.
+    """
+    head, _, last = spec.rpartition(":")
+    place, settings = (head, last) if "=" in last else (spec, "")
+    file, colon, name = place.rpartition(":")
+    kernel = _from_file(Path(file), name) if colon else _built_in(name)
+    return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
+
+
+def _built_in(name: str) -> Kernel:
+    known = KERNELS | VARIANTS
+    if name not in known:
+        raise InputError(f"attention: expected {', '.join(known)} or file.py:function, got {name!r}")
+    return known[name]
+
+
+def _from_file(path: Path, name: str) -> Kernel:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a kernel as file.py:function")
+    # A name of its own: a file called random.py must not take the place of that module.
+    source = importlib.util.spec_from_file_location(f"kernel_file_{path.stem}", path)
+    if source is None or source.loader is None:
+        raise InputError(f"{path}: expected a Python file, by the name of file.py")
+    module = importlib.util.module_from_spec(source)
+    sys.modules[source.name] = module  # where dataclasses look their own module up
+    try:
+        with _importable(path.resolve().parent):
+            source.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}; mend the file") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{path}: expected a function {name!r}, found {', '.join(_named(module)) or 'none'}")
+    return function
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The modules beside a file can be imported; last in the path, so that they hide no other."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _named(module: ModuleType) -> list[str]:
+    return [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+
+
+def _values(spec: str, kernel: Kernel, settings: str) -> dict[str, Any]:
+    """The settings as keyword arguments of the kernel."""
+    try:
+        call = ast.parse(f"f({settings})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if call.args or None in (keyword.arg for keyword in call.keywords):
+            raise ValueError("a setting has no name")
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{spec}: expected settings as name=value,name=value, got {settings!r}") from error
+    known = list(inspect.signature(kernel).parameters)[4:]  # after q, k, v and context
+    wrong = [name for name in values if name not in known]
+    if wrong:
+        raise InputError(f"{spec}: expected settings {', '.join(known) or 'of none'}, got {wrong[0]!r}")
+    return values
