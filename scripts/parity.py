@@ -186,8 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
     args = parser.parse_args()
-    if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):
-        parser.error(f"--html {args.html}: expected a file in a folder that exists; make the folder first")
+    options.check_output(parser, "--html", args.html)
     if args.text and SHAPE in args.models:
         parser.error(f"--text: {SHAPE} has random weights and no tokenizer; leave one of them out")
     # Once for all models: stdin can be read but once.

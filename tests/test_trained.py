@@ -8,7 +8,8 @@ import torch
 import tinyllama
 from tests.test_generation import transformers_ids
 from tinyllama.parity import difference, judge, oracle_logits
-from tinyllama.parity.continuations import PROMPTS, SETTINGS
+from tinyllama.parity.continuations import SETTINGS
+from tinyllama.parity.texts import PROMPTS
 from tinyllama.parity.reference import config_fields, reference_model
 
 pytestmark = pytest.mark.usefixtures("no_grad")

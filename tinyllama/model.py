@@ -123,6 +123,11 @@ class Llama(nn.Module):
         weight = self.embed_tokens.weight
         return KVCache(self.config, batch, capacity, dtype=weight.dtype, device=weight.device)
 
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of every layer."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def set_attention(
         self, kernel: Kernel, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
     ) -> None:
@@ -131,7 +136,7 @@ class Llama(nn.Module):
         Raises:
             InputError: there is no such layer or head.
         """
-        attentions = {module.layer: module for module in self.modules() if isinstance(module, Attention)}
+        attentions = {attention.layer: attention for attention in self.attentions}
         chosen = _within(layers, "layers", attentions)
         some = None if heads is None else _within(heads, "heads", range(self.config.num_attention_heads))
         for layer in chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
@@ -79,8 +80,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention",
         default="sdpa",
-        choices=["eager", "sdpa"],
-        help="eager is the textbook's, sdpa PyTorch's fused one (default: sdpa)",
+        metavar="KERNEL",
+        help="eager (the textbook's), sdpa (PyTorch's fused one), a variant's name as in lab.py --list, or "
+        "file.py:function (default: sdpa)",
     )
 
 
@@ -119,6 +121,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed, metavar="N", help="the same seed gives the same tokens")
 
 
+def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None) -> None:
+    """Exit with status 2 unless a file can be put there, before anything is computed for it."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        parser.error(f"{option} {path}: expected a file in a folder that exists; make the folder first")
+
+
 def count(text: str) -> int:
     """An integer from 0."""
     value = int(text)
@@ -154,9 +162,13 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         InputError: see `tinyllama.load`.
     """
     from tinyllama.device import usable_device
+    from tinyllama.lab.kernel_file import load_kernel
 
     usable_device(args.device)  # before a download of gigabytes
-    return tinyllama.load(args.model, device=args.device, dtype=args.dtype, attention=args.attention)
+    kernel = load_kernel(args.attention)
+    model, tokenizer = tinyllama.load(args.model, device=args.device, dtype=args.dtype)
+    model.set_attention(kernel)
+    return model, tokenizer
 
 
 def note_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:

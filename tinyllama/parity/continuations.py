@@ -18,18 +18,6 @@ from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields, reference_model
 from tinyllama.sampler import Sampler, repetition_penalty
 
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n    ",
-    "Once upon a time there was",
-    "Water boils at",
-    "你好，世界",
-    "1 + 1 = 2, 2 + 2 =",
-    "Dear Sir or Madam,\n\n",
-    "The three laws of robotics are",
-    "Q: Why is the sky blue?\nA:",
-    "In 1969",
-]
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
     {"temperature": 1.0, "top_k": 0, "top_p": 0.8},

@@ -14,8 +14,8 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.parity import texts
-from tinyllama.parity.continuations import PROMPTS
 from tinyllama.parity.fixture import random_ids, unit_gain_
+from tinyllama.parity.texts import PROMPTS
 from tinyllama.tokenizer import Tokenizer
 
 # Widest first: the random shape is rounded from one to the next.

@@ -7,6 +7,19 @@ from importlib.resources import files
 from tinyllama.tokenizer import Tokenizer
 
 NAMES = ("english", "code", "chinese", "scripts")
+# Beginnings to be continued.
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time there was",
+    "Water boils at",
+    "你好，世界",
+    "1 + 1 = 2, 2 + 2 =",
+    "Dear Sir or Madam,\n\n",
+    "The three laws of robotics are",
+    "Q: Why is the sky blue?\nA:",
+    "In 1969",
+)
 
 
 def read(name: str) -> str:

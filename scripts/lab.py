@@ -1,0 +1,182 @@
+"""Change attention, and see what it did: contract, perplexity, heads, speed, memory and text, side by side.
+
+A kernel is a function of (q, k, v, context) in a file of yours, or one of the
+built-in variants; settings may follow its name. Each is measured against the
+model as it is. A kernel that breaks the contract is not measured further: the
+smallest example that breaks it is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama import options
+from tinyllama.terminal import note, progress_line, read_text, run
+
+if TYPE_CHECKING:
+    from tinyllama import Llama, Tokenizer
+    from tinyllama.lab.change import Change
+    from tinyllama.lab.scorecard import Subject
+
+TEXTS = ("english", "code")
+PROMPTS = 3
+
+EXAMPLES = """\
+  python scripts/lab.py window --layers 8-21
+  python scripts/lab.py my_attention.py:window --model smollm2 --html lab.html
+  python scripts/lab.py window:size=64 sinks:first=4,size=60 --text book.txt
+  python scripts/lab.py ablate --layers 3 --heads 0 --json > card.json
+  python scripts/lab.py --list                          the built-in variants
+  python scripts/lab.py --addresses --model smollm2     what can be captured and patched
+
+exit status: 0, 1 where a kernel breaks the contract, 2 on bad input"""
+
+
+def main() -> int:
+    """Measure the kernels, print the scorecard, and return 1 where one breaks the contract."""
+    args = parse()
+    if args.list:
+        show_variants()
+        return 0
+    from tinyllama.files import replace_text
+
+    changes = read_changes(args)
+    model, tokenizer = options.load(args)
+    if args.addresses:
+        show_addresses(model, args.tokens)
+        return 0
+    from tinyllama.lab.page import page
+    from tinyllama.lab.scorecard import Extent, scorecard
+
+    for change in changes:
+        with change.applied(model):  # an unknown layer or head is told before anything is measured
+            pass
+    extent = Extent(context=args.tokens // 2, rounds=args.rounds, new_tokens=args.new_tokens)
+    with progress_line() as done:
+        figures = scorecard(subject(model, tokenizer, args), changes, extent, done)
+    figures["machine"]["command"] = shlex.join(["python", "scripts/lab.py", *sys.argv[1:]])
+    if args.json:
+        print(json.dumps(figures, indent=1, allow_nan=False))
+    else:
+        show(figures)
+    if args.html is not None:
+        replace_text(args.html, page(figures))
+        note(f"wrote {args.html}")
+    return 0 if all(card["passed"] for card in figures["changes"]) else 1
+
+
+def read_changes(args: argparse.Namespace) -> list[Change]:
+    """The kernels and where they go."""
+    from tinyllama.lab.change import Change
+    from tinyllama.lab.kernel_file import load_kernel
+
+    return [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
+
+
+def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Subject:
+    """The model with the texts that it reads and the prompts that it continues."""
+    from tinyllama import InputError
+    from tinyllama.lab.scorecard import Subject
+    from tinyllama.parity import texts
+
+    length = min(args.tokens, model.config.max_position_embeddings)
+    if args.text:
+        read = {name: tokenizer.encode(text)[:length] for name, text in args.text.items()}
+    else:
+        read = {name: texts.encoded(tokenizer, name, length) for name in TEXTS}
+    for name, ids in read.items():
+        if len(ids) < 2:
+            raise InputError(f"{name}: expected a text of 2 tokens at least, got {len(ids)}; give more text")
+    name, ids = next(iter(read.items()))
+    prompts = {prompt: tokenizer.encode(prompt) for prompt in args.prompt or texts.PROMPTS[:PROMPTS]}
+    return Subject(model, tokenizer, read, prompts | {f"{name}, the first half": ids[: len(ids) // 2]})
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the scorecards as tables."""
+    from rich.console import Console
+
+    from tinyllama.lab import tables
+
+    tables.show(Console(highlight=False), figures)
+
+
+def show_variants() -> None:
+    """Print the built-in kernels with the first line of what they are."""
+    import inspect
+
+    from tinyllama.lab.kernel_file import VARIANTS
+
+    for name, kernel in VARIANTS.items():
+        settings = list(inspect.signature(kernel).parameters.values())[4:]  # after q, k, v and context
+        spec = ":".join([name, ",".join(f"{one.name}={one.default}" for one in settings)]).rstrip(":")
+        first, *_ = (inspect.getdoc(kernel) or "").splitlines()
+        print(f"{spec:<24} {first}")
+
+
+def show_addresses(model: Llama, tokens: int) -> None:
+    """Print every address with the shape and size of its value for one text of that length."""
+    from rich.console import Console
+
+    from tinyllama.lab import tables
+
+    tables.show_addresses(Console(highlight=False), model, tokens)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`0-3,7` as (0, 1, 2, 3, 7)."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0-3,7, got {text!r}")
+    return tuple(dict.fromkeys(found))
+
+
+def parse() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = options.Parser(__doc__, EXAMPLES)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="a variant's name, or file.py:function")
+    parser.add_argument("--layers", type=numbers, metavar="N-M,...", help="which ones (default: all)")
+    parser.add_argument("--heads", type=numbers, metavar="N-M,...", help="query heads (default: all)")
+    parser.add_argument(
+        "--text", action="append", metavar="FILE", help="read this, not the bundled texts; may be repeated"
+    )
+    parser.add_argument(
+        "--tokens", type=options.count, default=1024, metavar="N", help="of each text (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="continue this; may be repeated")
+    parser.add_argument(
+        "--new-tokens", type=options.count, default=32, metavar="N", help="of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=options.count,
+        default=3,
+        metavar="N",
+        help="of timing (default: %(default)s)",
+    )
+    parser.add_argument("--list", action="store_true", help="list the built-in variants")
+    parser.add_argument("--addresses", action="store_true", help="list the addresses of the model's values")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
+    options.add_model_options(parser)
+    args = parser.parse_args()
+    if not (args.kernels or args.list or args.addresses):
+        parser.error("no kernel: give one, or --list for the built-in ones")
+    if args.tokens < 4:
+        parser.error(f"--tokens: expected 4 or more, got {args.tokens}")
+    options.check_output(parser, "--html", args.html)
+    # Once: stdin can be read but once.
+    args.text = {file: read_text(file) for file in args.text} if args.text else None
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

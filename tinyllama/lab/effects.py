@@ -1,0 +1,108 @@
+"""What a change does inside the model: to each head by itself, to each layer in the end, to the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from tinyllama.activations import capture
+from tinyllama.attention import AttentionContext, Kernel
+from tinyllama.lab.change import Change
+from tinyllama.lab.clauses import broken_clauses
+from tinyllama.model import Llama
+
+# What is compared in the end: the residual stream after each layer, and each head's output.
+RESIDUAL = "layers.*"
+HEADS = "layers.*.self_attn.z"
+
+
+def relative_change(value: Tensor, before: Tensor) -> Tensor:
+    """Length of the change over the length of the value, mean over tokens: (..., T, C) -> (...)."""
+    change, length = (value - before).norm(dim=-1), before.norm(dim=-1)
+    return (change / length.clamp(min=torch.finfo(length.dtype).tiny)).mean(dim=-1)
+
+
+@torch.no_grad()
+def observe(model: Llama, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """One pass: logits (T, V), and the residual stream and heads' outputs by address."""
+    device = model.embed_tokens.weight.device
+    with capture(model, RESIDUAL, HEADS) as values:
+        logits = model(torch.tensor([list(ids)], device=device))
+    return logits[0], {address: value[0] for address, value in values.items()}
+
+
+def total_changes(values: dict[str, Tensor], before: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """How far each layer's residual stream (L,) and each head's output (L, H) moved between two passes."""
+    moved = {address: relative_change(value, before[address]).cpu() for address, value in values.items()}
+    heads = [moved[address] for address in moved if address.endswith(".z")]
+    return torch.stack([moved[address] for address in moved if address[-1] != "z"]), torch.stack(heads)
+
+
+@torch.no_grad()
+def direct_changes(model: Llama, changes: Sequence[Change], ids: Sequence[int]) -> list[Tensor]:
+    """How far each head's output moves when only that head is changed: (L, H) for each change.
+
+    One pass of the unchanged model, in which every changed kernel computes beside the model's own, from the
+    same queries, keys and values.
+    """
+    L, H = model.config.num_hidden_layers, model.config.num_attention_heads
+    moved = [torch.zeros(L, H) for _ in changes]
+
+    def beside(own: Kernel) -> Kernel:
+        def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+            z = own(q, k, v, context)
+            for change, result in zip(changes, moved, strict=True):
+                if context.layer in change:
+                    other = change.kernel(q, k, v, context.untapped())
+                    heads = list(range(H) if change.heads is None else change.heads)
+                    result[context.layer, heads] = relative_change(other, z)[0].cpu()[heads]
+            return z
+
+        return attend
+
+    with _wrapped(model, beside):
+        model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
+    return moved
+
+
+@torch.no_grad()
+def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
+    """Of the keys and values of a text's first half, the share that its second half still reads.
+
+    Reading is measured: a value is read where a later output has a gradient by it. What nobody reads, a cache
+    need not keep. None where a kernel declares that it has no gradient.
+    """
+    shares: list[float] = []
+    half = len(ids) // 2
+
+    def measured(own: Kernel) -> Kernel:
+        def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+            with torch.enable_grad():
+                values = v.detach().requires_grad_()
+                z = own(q, k, values, context)
+                weights = torch.rand(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+                later = (z * weights)[:, :, half:].sum()
+                read = torch.autograd.grad(later, values)[0] if z.requires_grad else torch.zeros_like(v)
+            shares.append((read[:, :, :half] != 0).any(dim=-1).float().mean().item())
+            return z.detach()
+
+        return attend
+
+    if any("gradient" in broken_clauses(attention.kernel) for attention in model.attentions):
+        return None
+    with _wrapped(model, measured):
+        model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
+    return sum(shares) / len(shares)
+
+
+@contextmanager
+def _wrapped(model: Llama, wrap: Callable[[Kernel], Kernel]) -> Iterator[None]:
+    """Every layer's kernel in something that looks at it."""
+    with ExitStack() as swaps:
+        for attention in model.attentions:
+            change = Change("wrapped", wrap(attention.kernel), (attention.layer,))
+            swaps.enter_context(change.applied(model))
+        yield
