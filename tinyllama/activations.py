@@ -30,6 +30,7 @@ from tinyllama.model import Llama
 from tinyllama.rope import RotaryEmbedding
 
 # The last part of an address (a layer's is its number) -> the shape of its value; F is the MLP's width.
+# Generation asks lm_head for the last token alone, (B, V).
 SHAPES = {
     "embed_tokens": "B T C",
     "q_proj": "B T H*D",
@@ -70,7 +71,7 @@ def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
         x, _, visible, _ = args
         (B, T), S = x.shape[:2], visible.mask.shape[-1]
         needed = sum(numel(model.config, address, B, T, S) for address in wanted) * x.dtype.itemsize
-        check_memory("what is captured", needed, x.device)
+        check_memory("what is captured", needed, x.device, "name fewer addresses, or run shorter texts")
 
     before = model.get_submodule("layers.0.self_attn").register_forward_pre_hook(check)
     keep = {address: partial(values.__setitem__, address) for address in wanted}
@@ -91,7 +92,7 @@ def patch(model: Llama, replacements: Mapping[str, Replacement]) -> Iterator[Non
     Raises:
         InputError: as for `capture`, or a replacement has another shape, dtype or device than the value.
     """
-    fired: dict[str, bool] = {}
+    wanted, fired = matching(model, *replacements), dict[str, bool]()
     with ExitStack() as hooks:
         for pattern, replacement in replacements.items():
             for address in matching(model, pattern):
@@ -104,7 +105,7 @@ def patch(model: Llama, replacements: Mapping[str, Replacement]) -> Iterator[Non
 
                 hooks.enter_context(hooked(model, {address: replace}))
         yield
-    _require_fired(model, matching(model, *replacements), fired)
+    _require_fired(model, wanted, fired)
 
 
 @contextmanager
@@ -138,9 +139,12 @@ def matching(model: Llama, *patterns: str) -> list[str]:
         InputError: a pattern stands for none, or no hook would work here.
     """
     if not isinstance(model, Llama):
-        raise InputError(f"capture: expected a Llama, got {type(model).__name__}; pass the model itself")
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise InputError("capture: the model is compiled, and would ignore hooks; use an uncompiled one")
+        raise InputError(f"model: expected a Llama, got {type(model).__name__}; pass the model itself")
+    if any(module._compiled_call_impl or hasattr(module, "_orig_mod") for module in model.modules()):
+        raise InputError("model: it is compiled, and would ignore hooks; use an uncompiled one")
+    wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
+    if wrong:
+        raise InputError(f"addresses: expected strings, one by one, got {type(wrong[0]).__name__}")
     known = addresses(model)
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -150,7 +154,7 @@ def matching(model: Llama, *patterns: str) -> list[str]:
             raise InputError(f"{pattern}: no such address; near is {near[0]}, addresses() lists all")
         found |= dict.fromkeys(matches)
     if not found:
-        raise InputError("capture: expected an address at least, got none; addresses() lists all")
+        raise InputError("addresses: expected one at least, got none; addresses() lists all")
     return list(found)
 
 
@@ -183,10 +187,9 @@ def _require_fired(model: Llama, wanted: Iterable[str], fired: Mapping[str, obje
         return
     more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
     place, _, name = silent[0].rpartition(".")
+    advice = "run the model inside the block"
     if name in ("scores", "pattern"):
-        advice = f"a fused kernel has no {name} ({model.get_submodule(place).extra_repr()}), eager has"
-    else:
-        advice = "run the model inside the block"
+        advice += f", by a kernel that computes {name}, as eager does ({model.get_submodule(place).extra_repr()})"
     raise InputError(f"{silent[0]}{more}: nothing was computed there; {advice}")
 
 

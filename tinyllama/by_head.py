@@ -17,22 +17,32 @@ class ByHead(nn.Module):
     """A kernel in which some query heads attend by `kernel` and the others by `others`.
 
     Both compute all heads, so that each kernel sees the layer as it is (head numbers, groups); half of the
-    work is thrown away. Taps get one value in which every head is by its own kernel; where only one of the
-    two has scores, all heads of that value are by that one.
+    work is thrown away. Taps give out one value in which every head is by its own kernel; where only one of
+    the two has scores, all heads of that value are by that one.
     """
 
     def __init__(self, kernel: Kernel, heads: Iterable[int], others: Kernel) -> None:
         super().__init__()
-        self.kernel, self.heads, self.others = kernel, tuple(heads), others
+        self.kernel, self.heads = kernel, tuple(heads)
+        # Assigned to the same heads again, the kernel before has nothing left to do.
+        while isinstance(others, ByHead) and set(others.heads) <= set(self.heads):
+            others = others.others
+        self.others = others
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """As any kernel."""
         chosen = torch.tensor([head in self.heads for head in range(q.shape[1])], device=q.device)
         chosen = chosen[:, None, None]  # (H, 1, 1)
-        scores_of_others, scores = _merged(context.scores, chosen)
-        pattern_of_others, pattern = _merged(context.pattern, chosen)
-        z = self.others(q, k, v, replace(context, scores=scores_of_others, pattern=pattern_of_others))
-        return torch.where(chosen, self.kernel(q, k, v, replace(context, scores=scores, pattern=pattern)), z)
+        scores, pattern = _Merged(context.scores, chosen), _Merged(context.pattern, chosen)
+        first = replace(context, scores=scores.first, pattern=pattern.first)
+        second = replace(context, scores=scores.second, pattern=pattern.second)
+        z_others = self.others(q, k, v, first)
+        z = self.kernel(q, k, v, second)
+        if torch.is_grad_enabled() and (scores.merged or pattern.merged):
+            # From the very values that were given out: else they would have the gradient of some heads only.
+            again = replace(context, scores=scores.again, pattern=pattern.again)
+            z_others = self.others(q, k, v, again)
+        return torch.where(chosen, z, z_others)
 
     @property
     def __name__(self) -> str:
@@ -41,15 +51,26 @@ class ByHead(nn.Module):
         return f"{kernel_name(self.kernel)} in heads {heads}, {kernel_name(self.others)} in the others"
 
 
-def _merged(tap: Tapped, chosen: Tensor) -> tuple[Tapped, Tapped]:
-    """The tap for each kernel: the others' value comes first, and is kept to complete the second one."""
-    seen: list[Tensor] = []
+class _Merged:
+    """One tap for two kernels: the others' value comes first, and is kept to complete the second one."""
 
-    def first(x: Tensor) -> Tensor:
-        seen.append(x)
-        return tap(x)
+    def __init__(self, tap: Tapped, chosen: Tensor) -> None:
+        self.tap, self.chosen = tap, chosen
+        self.of_others: list[Tensor] = []
+        self.given: list[Tensor] = []
 
-    def then(x: Tensor) -> Tensor:
-        return tap(torch.where(chosen, x, seen[-1]) if seen else x)
+    @property
+    def merged(self) -> bool:
+        return len(self.given) > 1
 
-    return first, then
+    def first(self, x: Tensor) -> Tensor:
+        self.of_others.append(x)
+        self.given.append(self.tap(x))
+        return self.given[-1]
+
+    def second(self, x: Tensor) -> Tensor:
+        self.given.append(self.tap(torch.where(self.chosen, x, self.of_others[-1]) if self.given else x))
+        return self.given[-1]
+
+    def again(self, x: Tensor) -> Tensor:
+        return self.given[-1]

@@ -45,7 +45,12 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def check_memory(what: str, needed: int, device: torch.device) -> None:
+def check_memory(
+    what: str,
+    needed: int,
+    device: torch.device,
+    advice: str = "use a 16-bit dtype, a smaller model or shorter texts",
+) -> None:
     """Refuse something of more bytes than the device has free, before it is made.
 
     Raises:
@@ -54,8 +59,7 @@ def check_memory(what: str, needed: int, device: torch.device) -> None:
     free = free_memory(device)
     if free is not None and needed > free:
         raise InputError(
-            f"memory: {what} needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
-            "use a 16-bit dtype, a smaller model or shorter texts"
+            f"memory: {what} needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; {advice}"
         )
 
 

@@ -139,6 +139,8 @@ class Llama(nn.Module):
         attentions = {attention.layer: attention for attention in self.attentions}
         chosen = _within(layers, "layers", attentions)
         some = None if heads is None else _within(heads, "heads", range(self.config.num_attention_heads))
+        if some == []:
+            return
         for layer in chosen:
             attention = attentions[layer]
             attention.kernel = kernel if some is None else ByHead(kernel, some, attention.kernel)
