@@ -23,11 +23,12 @@ class ByHead(nn.Module):
 
     def __init__(self, kernel: Kernel, heads: Iterable[int], others: Kernel) -> None:
         super().__init__()
-        self.kernel, self.heads = kernel, tuple(heads)
+        self.kernel: Kernel = kernel
+        self.heads = tuple(heads)
         # Assigned to the same heads again, the kernel before has nothing left to do.
         while isinstance(others, ByHead) and set(others.heads) <= set(self.heads):
             others = others.others
-        self.others = others
+        self.others: Kernel = others
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """As any kernel."""
