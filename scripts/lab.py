@@ -71,11 +71,18 @@ def main() -> int:
 
 
 def read_changes(args: argparse.Namespace) -> list[Change]:
-    """The kernels and where they go."""
+    """The kernels and where they go; healed ones as they were trained."""
     from tinyllama.lab.change import Change
+    from tinyllama.lab.healing import load_healed
     from tinyllama.lab.kernel_file import load_kernel
 
-    return [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
+    changes = [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
+    for path in args.healed or []:
+        healed = load_healed(path)
+        settings, name = healed.settings, f"{healed.settings.kernel}, healed {len(healed.losses)} steps"
+        kernel = load_kernel(settings.kernel)
+        changes.append(Change(name, kernel, settings.layers, settings.heads, healed.weights))
+    return changes
 
 
 def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Subject:
@@ -128,23 +135,18 @@ def show_addresses(model: Llama, tokens: int) -> None:
     tables.show_addresses(Console(highlight=False), model, tokens)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """`0-3,7` as (0, 1, 2, 3, 7)."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        found += range(int(first), int(last if dash else first) + 1)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 0-3,7, got {text!r}")
-    return tuple(dict.fromkeys(found))
-
-
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="a variant's name, or file.py:function")
-    parser.add_argument("--layers", type=numbers, metavar="N-M,...", help="which ones (default: all)")
-    parser.add_argument("--heads", type=numbers, metavar="N-M,...", help="query heads (default: all)")
+    options.add_place_options(parser)
+    parser.add_argument(
+        "--healed",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="measure with the layers that heal.py wrote, too",
+    )
     parser.add_argument(
         "--text", action="append", metavar="FILE", help="read this, not the bundled texts; may be repeated"
     )
@@ -168,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
     options.add_model_options(parser)
     args = parser.parse_args()
-    if not (args.kernels or args.list or args.addresses):
+    if not (args.kernels or args.healed or args.list or args.addresses):
         parser.error("no kernel: give one, or --list for the built-in ones")
     if args.tokens < 4:
         parser.error(f"--tokens: expected 4 or more, got {args.tokens}")

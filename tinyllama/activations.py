@@ -189,7 +189,9 @@ def _require_fired(model: Llama, wanted: Iterable[str], fired: Mapping[str, obje
     place, _, name = silent[0].rpartition(".")
     advice = "run the model inside the block"
     if name in ("scores", "pattern"):
-        advice += f", by a kernel that computes {name}, as eager does ({model.get_submodule(place).extra_repr()})"
+        advice += (
+            f", by a kernel that computes {name}, as eager does ({model.get_submodule(place).extra_repr()})"
+        )
     raise InputError(f"{silent[0]}{more}: nothing was computed there; {advice}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -86,6 +87,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Where another attention goes."""
+    parser.add_argument("--layers", type=numbers, metavar="N-M,...", help="which ones (default: all)")
+    parser.add_argument("--heads", type=numbers, metavar="N-M,...", help="query heads (default: all)")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How the next token is chosen, and how many: the arguments of `sampling`."""
     group = parser.add_argument_group("sampling")
@@ -127,11 +134,32 @@ def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None
         parser.error(f"{option} {path}: expected a file in a folder that exists; make the folder first")
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`0-3,7` as (0, 1, 2, 3, 7)."""
+    found: list[int] = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\d{1,5}(-\d{1,5})?", part):
+            raise argparse.ArgumentTypeError(f"expected numbers such as 0-3,7, got {text!r}")
+        first, *last = map(int, part.split("-"))
+        found += range(first, (last or [first])[0] + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0-3,7, got {text!r}")
+    return tuple(sorted(set(found)))
+
+
 def count(text: str) -> int:
     """An integer from 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
 
 

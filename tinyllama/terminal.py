@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -110,6 +111,28 @@ def progress_line() -> Iterator[Callable[[str], None]]:
                 note(what)
 
         yield done
+
+
+@contextmanager
+def step_progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A progress bar over steps, `done` of them behind; yields `step(what)`, to be called after each.
+
+    Where stderr is no terminal, every tenth part of the way is printed as a line.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        count = done
+
+        def step(what: str) -> None:
+            nonlocal count
+            count += 1
+            progress.update(task, advance=1, description=visible(what))
+            if not console.is_terminal and (count * 10 // total) > ((count - 1) * 10 // total):
+                note(f"{count} of {total}: {what}")
+
+        yield step
 
 
 def piped() -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from tinyllama.attention import Kernel
 from tinyllama.model import Llama
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """A kernel and where it goes.
 
@@ -19,26 +21,34 @@ class Change:
         kernel: the kernel.
         layers: in which layers; None: in all.
         heads: for which query heads; None: for all.
+        weights: parameters that come with it, by name, such as healed ones.
     """
 
     name: str
     kernel: Kernel
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, model: Llama) -> Iterator[None]:
-        """The model attends by it while the block runs; afterwards as before, whatever happens.
+        """The model attends by it while the block runs; afterwards it is as before, whatever happens.
 
         Raises:
             InputError: there is no such layer or head.
         """
-        before = [attention.kernel for attention in model.attentions]
+        kernels = {attention: attention.kernel for attention in model.attentions}
+        parameters = dict(model.named_parameters())
+        before = {name: parameters[name].data for name in self.weights}
         model.set_attention(self.kernel, self.layers, self.heads)
         try:
+            for name, weight in self.weights.items():
+                parameters[name].data = weight.to(before[name])
             yield
         finally:
-            for attention, kernel in zip(model.attentions, before, strict=True):
+            for name, weight in before.items():
+                parameters[name].data = weight
+            for attention, kernel in kernels.items():
                 attention.kernel = kernel
 
     def __contains__(self, layer: int) -> bool:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from tinyllama.model import Llama
 
 # Neighbouring tokens are alike, so what is drawn again is a block of them.
 BLOCK = 64
@@ -63,6 +66,18 @@ def perplexity(nll: Sequence[Tensor], before: Sequence[Tensor]) -> Perplexity:
         low=low,
         high=high,
     )
+
+
+@torch.inference_mode()
+def text_nll(model: Llama, ids: Sequence[int], length: int) -> Tensor:
+    """-log p of each next token, (N - 1,), in windows of `length` tokens that know nothing of each other."""
+    device = model.embed_tokens.weight.device
+    parts = []
+    for start in range(0, len(ids) - 1, length):
+        window = torch.tensor(ids[start : start + length + 1], device=device)
+        logits = model(window[None, :-1])[0]
+        parts.append(F.cross_entropy(logits.double(), window[1:], reduction="none"))
+    return torch.cat(parts)
 
 
 def _blocks(nll: Sequence[Tensor], before: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

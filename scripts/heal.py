@@ -1,0 +1,205 @@
+"""Change attention in some layers, train these layers for a while, and see how much of the damage goes away.
+
+Shows the perplexity of held-out text (the last fifth) for the model as it is,
+after the change, and after healing. The healed layers are kept in a file; where
+it exists, healing goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama import InputError, options
+from tinyllama.terminal import note, read_text, run, step_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinyllama import Llama
+    from tinyllama.lab.change import Change
+    from tinyllama.lab.healing import Healed, Settings
+
+HELD_OUT = 0.2
+
+EXAMPLES = """\
+  python scripts/heal.py window:size=64 --layers 8-21 --steps 100
+  python scripts/heal.py my_attention.py:window --text book.txt --out healed.safetensors
+  python scripts/lab.py window:size=64 --layers 8-21 --healed healed.safetensors
+
+Ctrl-C ends after the running step and keeps what was learnt; the same command
+goes on from there."""
+
+
+def main() -> int:
+    """Heal, keep the layers, and print three perplexities."""
+    args = parse()
+    from tinyllama.lab.change import Change
+    from tinyllama.lab.healing import load_healed
+    from tinyllama.lab.kernel_file import load_kernel
+    from tinyllama.parity import texts
+
+    change = Change(args.kernel, load_kernel(args.kernel), args.layers, args.heads)
+    start = load_healed(args.out) if args.out.exists() else None
+    text = texts.read("english") if args.text is None else read_text(args.text)
+    settings = read_settings(args, text)
+    if start is not None:
+        check_same(args.out, start.settings, settings)
+    model, tokenizer = options.load(args)
+    ids = tokenizer.encode(text)
+    cut = int(len(ids) * (1 - HELD_OUT))
+    if len(ids) - cut < 2:
+        raise InputError(f"text: expected 10 tokens or more, got {len(ids)}; give a longer text")
+    healed, interrupted = train(args, model, change, ids[:cut], settings, start)
+    figures = measure(model, change, ids[cut:], healed, settings)
+    print(json.dumps(figures, indent=1) if args.json else told(figures))
+    return 130 if interrupted else 0
+
+
+def read_settings(args: argparse.Namespace, text: str) -> Settings:
+    """What makes a healing the same experiment."""
+    from tinyllama.lab.healing import Settings
+
+    return Settings(
+        kernel=args.kernel,
+        layers=args.layers,
+        heads=args.heads,
+        text=hashlib.sha256(text.encode()).hexdigest()[:16],
+        batch=args.batch,
+        length=args.length,
+        lr=args.lr,
+        seed=args.seed or 0,
+    )
+
+
+def check_same(path: Path, there: Settings, settings: Settings) -> None:
+    """Raise InputError where a file is of another experiment, before anything is computed or replaced."""
+    now, then = asdict(settings), asdict(there)
+    for name, value in now.items():
+        if then[name] != value:
+            raise InputError(
+                f"{path}: is a healing with {name} {then[name]}, expected {value}; give another --out or "
+                "the same options"
+            )
+
+
+def train(
+    args: argparse.Namespace,
+    model: Llama,
+    change: Change,
+    ids: Sequence[int],
+    settings: Settings,
+    start: Healed | None,
+) -> tuple[Healed | None, bool]:
+    """Heal until `--steps` steps are done in all, or Ctrl-C; returns the end and whether it was cut short."""
+    from tinyllama.lab.healing import heal, save_healed
+
+    stopped = False
+
+    def stop(_signal: int, _frame: Any) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    healed, done = start, len(start.losses) if start else 0
+    try:
+        with step_progress(args.steps, done) as step:
+            for healed in heal(model, change, ids, settings, args.steps, start):
+                step(f"loss {healed.losses[-1]:.3f}")
+                if stopped or len(healed.losses) % args.save_every == 0:
+                    save_healed(args.out, healed)
+                if stopped:
+                    break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if healed is not None and len(healed.losses) > done:
+        save_healed(args.out, healed)
+        note(f"wrote {args.out}, {len(healed.losses)} steps")
+    return healed, stopped
+
+
+def measure(
+    model: Llama, change: Change, ids: Sequence[int], healed: Healed | None, settings: Settings
+) -> dict[str, Any]:
+    """Perplexity of held-out text: as it was, changed, healed."""
+    from dataclasses import replace
+
+    from tinyllama.lab.perplexity import perplexity, text_nll
+
+    def under(one: Change) -> Tensor:
+        with one.applied(model):
+            return text_nll(model, ids, settings.length)
+
+    own, changed = text_nll(model, ids, settings.length), under(change)
+    figures = {
+        "settings": asdict(settings),
+        "held_out": len(ids),
+        "changed": asdict(perplexity([changed], [own])),
+    }
+    if healed is not None:
+        after = under(replace(change, weights=healed.weights))
+        figures |= {"healed": asdict(perplexity([after], [own])), "losses": healed.losses}
+    return figures
+
+
+def told(figures: dict[str, Any]) -> str:
+    """The figures in three lines."""
+    from tinyllama.lab.tables import change
+
+    lines = [f"perplexity of {figures['held_out']} held-out tokens, beside the unchanged model:"]
+    lines.append(f"  unchanged  {figures['changed']['before']:.4g}")
+    lines.append(f"  changed    {figures['changed']['after']:.4g}, {change(figures['changed'])}")
+    if "healed" in figures:
+        steps = len(figures["losses"])
+        lines.append(
+            f"  healed     {figures['healed']['after']:.4g}, {change(figures['healed'])}, {steps} steps"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = options.Parser(__doc__, EXAMPLES)
+    parser.add_argument("kernel", metavar="KERNEL", help="a variant's name, or file.py:function")
+    options.add_place_options(parser)
+    parser.add_argument("--text", metavar="FILE", help="learn from this (default: a bundled one, short)")
+    parser.add_argument("--steps", type=options.count, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("healed.safetensors"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--save-every", type=options.positive, default=25, metavar="N", help="steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=options.positive, default=4, metavar="N", help="windows a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length",
+        type=options.positive,
+        default=256,
+        metavar="N",
+        help="tokens a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lr", type=float, default=1e-4, metavar="X", help="learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=options.seed, metavar="N", help="of the windows' places (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options.add_model_options(parser)
+    args = parser.parse_args()
+    options.check_output(parser, "--out", args.out)
+    if not 0 < args.lr < 1:
+        parser.error(f"--lr: expected a number between 0 and 1, got {args.lr}")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)
