@@ -1,14 +1,17 @@
 """A kernel out of a user's file: what is taken, and the one line that each mistake gets."""
 
 import random
+import secrets
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from tinyllama.attention import KERNELS
+from tinyllama.attention import KERNELS, kernel_name
 from tinyllama.errors import InputError
-from tinyllama.lab.kernel_file import load_kernel
+from tinyllama.lab import variants
+from tinyllama.lab.kernel_file import VARIANTS, load_kernel
 
 
 @pytest.fixture
@@ -22,9 +25,11 @@ def kernel_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_name_is_the_built_in_kernel(name):
-    assert load_kernel(name) is KERNELS[name]
+@pytest.mark.parametrize("name", KERNELS | VARIANTS)
+def test_a_name_is_the_kernel_of_that_name(name):
+    kernel = load_kernel(name)
+    assert kernel is (KERNELS | VARIANTS)[name]
+    assert kernel_name(kernel) == name
 
 
 def test_a_file_gives_the_function_of_that_name(kernel_file):
@@ -69,10 +74,204 @@ def test_a_file_without_the_kernel_is_refused(kernel_file, content, name, expect
 
 
 def test_what_is_no_kernel_at_all_is_refused(kernel_file, tmp_path):
-    with pytest.raises(InputError, match="expected eager, sdpa, window, .* or file.py:function, got 'flash'"):
+    with pytest.raises(
+        InputError, match=r"expected eager, sdpa, window, .* or file.py:function, got 'flash'"
+    ):
         load_kernel("flash")
     for place in (tmp_path / "absent.py", tmp_path):
         with pytest.raises(InputError, match="no such file; expected a kernel as"):
             load_kernel(f"{place}:attend")
     with pytest.raises(InputError, match="expected a Python file"):
         load_kernel(f"{kernel_file('', 'mine.txt')}:attend")
+    # All names are there to choose from.
+    with pytest.raises(InputError) as error:
+        load_kernel("flash")
+    for name in KERNELS | VARIANTS:
+        assert f" {name}" in str(error.value)
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+SETTABLE = """
+def f(q, k, v, context, *, size=1, heads=(), name="", cap=0.0): return size, heads, name, cap
+def plain(q, k, v, context): return "plain"
+"""
+
+
+def called(kernel):
+    return kernel(None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("size=3", (3, (), "", 0.0)),
+        ("size=3,heads=(0, 2)", (3, (0, 2), "", 0.0)),
+        ("heads=[0,2],size=-1", (-1, [0, 2], "", 0.0)),
+        ("name='a b',cap=1e-3", (1, (), "a b", 1e-3)),
+        ("cap=2.5,heads=None,size=True", (True, None, "", 2.5)),
+        ("size = 4", (4, (), "", 0.0)),
+    ],
+)
+def test_settings_follow_the_function_of_a_file(kernel_file, settings, expected):
+    assert called(load_kernel(f"{kernel_file(SETTABLE)}:f:{settings}")) == expected
+
+
+def test_settings_follow_a_name():
+    kernel = load_kernel("window:size=64")
+    assert isinstance(kernel, partial)
+    assert kernel.func is variants.window
+    assert kernel.keywords == {"size": 64}
+    assert kernel_name(kernel) == "window(size=64)"
+    assert load_kernel("sinks:first=2,size=30").keywords == {"first": 2, "size": 30}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("seize=3", "expected settings size, heads, name, cap, got 'seize'"),
+        ("size=3,seize=3", "expected settings size, heads, name, cap, got 'seize'"),
+        ("q=3", "expected settings size, heads, name, cap, got 'q'"),
+        ("context=3", "expected settings size, heads, name, cap, got 'context'"),
+        ("3,size=3", "expected settings as name=value,name=value, got '3,size=3'"),
+        ("*(1,),size=3", "expected settings as name=value,name=value, got '*(1,),size=3'"),
+        ("**{},size=3", "expected settings as name=value,name=value, got '**{},size=3'"),
+        ("size=max", "expected settings as name=value,name=value, got 'size=max'"),
+        ("size=print(1)", "expected settings as name=value,name=value, got 'size=print(1)'"),
+        ("size=1+q", "expected settings as name=value,name=value, got 'size=1+q'"),
+        ("size=", "expected settings as name=value,name=value, got 'size='"),
+        ("size=(1", "expected settings as name=value,name=value, got 'size=(1'"),
+        ("size=3 heads=2", "expected settings as name=value,name=value, got 'size=3 heads=2'"),
+        ("=3", "expected settings as name=value,name=value, got '=3'"),
+        pytest.param(
+            "size=3)+f(cap=1",
+            "expected settings as name=value,name=value, got 'size=3)+f(cap=1'",
+        ),
+        pytest.param(
+            "size={[]: 1}",
+            "expected settings as name=value,name=value, got 'size={[]: 1}'",
+        ),
+        pytest.param(
+            "size=3,size=4",
+            "expected settings as name=value,name=value, got 'size=3,size=4'",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused(kernel_file, settings, expected):
+    spec = f"{kernel_file(SETTABLE)}:f:{settings}"
+    with pytest.raises(InputError) as error:
+        load_kernel(spec)
+    assert str(error.value) == f"{spec}: {expected}"
+
+
+def test_a_kernel_without_settings_says_so(kernel_file):
+    spec = f"{kernel_file(SETTABLE)}:plain:size=3"
+    for wrong in (spec, "sdpa:size=3", "ablate:size=3"):
+        with pytest.raises(InputError) as error:
+            load_kernel(wrong)
+        assert str(error.value) == f"{wrong}: expected settings of none, got 'size'"
+    with pytest.raises(InputError, match=r"^window:first=3: expected settings size, got 'first'$"):
+        load_kernel("window:first=3")
+
+
+def test_a_wrong_name_is_said_before_its_settings(kernel_file):
+    with pytest.raises(InputError, match=r"or file.py:function, got 'windo'"):
+        load_kernel("windo:size=3")
+    with pytest.raises(InputError, match=r"mine.py: expected a function 'g', found f, plain$"):
+        load_kernel(f"{kernel_file(SETTABLE)}:g:size=3")
+
+
+def test_settings_of_kernels_that_declare_a_clause_and_of_objects(kernel_file):
+    code = [
+        "from tinyllama.lab.clauses import breaks",
+        "@breaks('compile')",
+        "def declaring(q, k, v, context, *, size=1): return size",
+        "class Window:",
+        "    def __call__(self, q, k, v, context, *, size=1): return size",
+        "window = Window()",
+    ]
+    file = kernel_file("\n".join(code))
+    model_free = load_kernel(f"{file}:declaring:size=5")
+    assert isinstance(model_free, partial)
+    assert model_free.keywords == {"size": 5}
+    assert called(load_kernel(f"{file}:window:size=6")) == 6
+    for name in ("declaring", "window"):
+        with pytest.raises(InputError, match="expected settings size, got 'seize'"):
+            load_kernel(f"{file}:{name}:seize=5")
+
+
+def test_a_path_may_have_an_equals_sign(tmp_path):
+    folder = tmp_path / "lr=3"
+    folder.mkdir()
+    (folder / "mine.py").write_text(SETTABLE)
+    assert called(load_kernel(f"{folder}/mine.py:plain")) == "plain"
+    assert called(load_kernel(f"{folder}/mine.py:f:size=3"))[0] == 3
+
+
+# --- modules beside the file -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clean_modules():
+    """Takes the modules that a test's files brought with them away again."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+USES = "from {module} import scale\ndef f(q, k, v, context): return scale"
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_a_file_may_import_the_module_beside_it(kernel_file, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = list(sys.path)
+    kernel_file("scale = 7", "beside_the_kernel.py")
+    file = kernel_file(USES.format(module="beside_the_kernel"))
+    assert called(load_kernel(f"{file}:f")) == 7
+    assert sys.path == before
+    # And after a file that fails, too.
+    failing = kernel_file("import beside_the_kernel\n1 / 0", "failing.py")
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        load_kernel(f"{failing}:f")
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_it_is_found_from_another_folder_and_by_a_relative_path(kernel_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    kernel_file("scale = 8", "beside_too.py")
+    kernel_file(USES.format(module="beside_too"))
+    monkeypatch.chdir(tmp_path.parent)
+    assert called(load_kernel(f"{tmp_path.name}/mine.py:f")) == 8
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_a_module_beside_the_file_hides_no_other(kernel_file, monkeypatch):
+    # `secrets` is not among what Python always has loaded: taken out, it is looked for anew.
+    kernel_file("1 / 0", "secrets.py")
+    file = kernel_file("import secrets\ndef f(q, k, v, context): return secrets")
+    monkeypatch.delitem(sys.modules, "secrets")
+    found = called(load_kernel(f"{file}:f"))
+    assert found.__file__ == secrets.__file__
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_a_folder_that_is_in_the_path_already_keeps_its_place(kernel_file, monkeypatch, tmp_path):
+    # A script's own folder is the first.
+    monkeypatch.setattr(sys, "path", [str(tmp_path.resolve()), *sys.path])
+    before = list(sys.path)
+    load_kernel(f"{kernel_file(SETTABLE)}:f")
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_two_files_have_each_their_own_module_beside_them(tmp_path):
+    # `--attention old/mine.py:f new/mine.py:f`, to compare a kernel with what it was before.
+    for number, name in enumerate(("old", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper_of_mine.py").write_text(f"scale = {number}")
+        (tmp_path / name / "mine.py").write_text(USES.format(module="helper_of_mine"))
+    kernels = [load_kernel(f"{tmp_path / name}/mine.py:f") for name in ("old", "new")]
+    assert [called(kernel) for kernel in kernels] == [0, 1]

@@ -9,8 +9,8 @@ import tinyllama
 from tests.test_generation import transformers_ids
 from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.continuations import SETTINGS
-from tinyllama.parity.texts import PROMPTS
 from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.texts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

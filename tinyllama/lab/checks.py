@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -32,9 +32,11 @@ class Trial:
     K: int
     D: int
     layer: int
+    tried: list[int] = field(default_factory=list)
 
     def draw(self, B: int, T: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-        """Random q, k and v."""
+        """Random q, k and v; T goes to `tried`."""
+        self.tried.append(T)
         generator = torch.Generator().manual_seed(seed)
         heads = (self.H, self.K, self.K)
         return [torch.randn(B, n, T, self.D, generator=generator).to(dtype) for n in heads]
@@ -43,9 +45,16 @@ class Trial:
         self, inputs: Sequence[Tensor], positions: Tensor, keys: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """The kernel's output for q, k, v at these positions, queries (B, T) and keys (B or 1, S)."""
-        visible = Visibility.of(positions, positions if keys is None else keys, causal, self.rotary)
-        context = AttentionContext(visible, self.D**-0.5, self.layer, lambda x: x, lambda x: x)
+        return self.attend(inputs, self.visible(positions, keys, causal))
+
+    def visible(self, positions: Tensor, keys: Tensor | None = None, causal: bool = False) -> Visibility:
+        """What the kernel is told of positions and mask."""
+        return Visibility.of(positions, positions if keys is None else keys, causal, self.rotary)
+
+    def attend(self, inputs: Sequence[Tensor], visible: Visibility) -> Tensor:
+        """The kernel's output."""
         q, k, v = inputs
+        context = AttentionContext(visible, self.D**-0.5, self.layer, lambda x: x, lambda x: x)
         return self.kernel(q, k, v, context)
 
     def full(self, inputs: Sequence[Tensor], causal: bool = True) -> Tensor:
@@ -70,14 +79,26 @@ def _shape(trial: Trial) -> Iterator[str]:
 
 def _pure(trial: Trial) -> Iterator[str]:
     for B, T in SIZES:
-        inputs = trial.draw(B, T)
-        copies = [x.clone() for x in inputs]
-        z = trial.full(inputs).clone()
-        for name, x, copy in zip("qkv", inputs, copies, strict=True):
-            if not torch.equal(x, copy):
-                yield f"T={T}: {name} is changed in place; in a cache it would stay changed"
-        if not torch.equal(trial.full(copies), z):
-            yield f"T={T}: the same inputs give something else the second time"
+        all_of_it, last = torch.arange(T).expand(B, -1), torch.full((B, 1), T - 1)
+        # A whole text, told and not told that the mask is a plain triangle; padding; a token and a cache.
+        ways = (
+            trial.visible(all_of_it, causal=True),
+            trial.visible(all_of_it),
+            trial.visible(all_of_it - 1),
+            trial.visible(last, all_of_it[:1]),
+        )
+        for visible in ways:
+            q, k, v = trial.draw(B, T)
+            given = {"q": q[:, :, -visible.query_positions.shape[1] :].clone(), "k": k, "v": v}
+            given["the mask"] = visible.mask
+            copies = {name: x.clone() for name, x in given.items()}
+            inputs = given["q"], k, v
+            z = trial.attend(inputs, visible).clone()
+            for name, x in given.items():
+                if not torch.equal(x, copies[name]):
+                    yield f"T={T}: {name} is changed in place; caches and later layers would see it"
+            if not torch.allclose(trial.attend(inputs, visible), z, rtol=0, atol=0, equal_nan=True):
+                yield f"T={T}: the same inputs give something else the second time"
 
 
 def _causal(trial: Trial) -> Iterator[str]:
@@ -128,38 +149,40 @@ def _chunks(trial: Trial) -> Iterator[str]:
 
 def _batch(trial: Trial) -> Iterator[str]:
     for _, T in SIZES:
-        inputs, others = trial.draw(3, T), trial.draw(3, T, seed=1)
+        inputs = trial.draw(3, T)
         z = trial.full(inputs)
         for row in range(3):
             alone = trial.full([x[row : row + 1] for x in inputs])
             if wrong := _differs(z[row : row + 1], alone):
                 yield f"T={T}: row {row} of 3 {wrong} from that row alone"
-        mixed = trial.full([torch.cat((x[:1], y[1:])) for x, y in zip(inputs, others, strict=True)])
-        if wrong := _differs(mixed[:1], z[:1]):
-            yield f"T={T}: row 0 {wrong} when the other rows do"
 
 
 def _padding(trial: Trial) -> Iterator[str]:
     for _, T in SIZES:
         for pad in (1, 3, 64):
-            inputs = trial.draw(1, T)
-            z = trial.full(inputs)
+            short, long = trial.draw(1, T), trial.draw(1, T + pad, seed=1)
+            expected = trial.full(short), trial.full(long)
             # Beside a row without padding; what stands in the padding is large.
-            long, filler = trial.draw(1, T + pad, seed=1), trial.draw(1, pad, seed=2)
-            padded = [torch.cat((1e3 * f, x), dim=2) for f, x in zip(filler, inputs, strict=True)]
-            rows = [torch.cat((x, y)) for x, y in zip(padded, long, strict=True)]
+            filler = [1e3 * x for x in trial.draw(1, pad, seed=2)]
+            q, k, v = (
+                torch.cat((torch.cat((f, x), dim=2), y)) for f, x, y in zip(filler, short, long, strict=True)
+            )
             count = torch.arange(T + pad)
             positions = torch.stack(((count - pad).clamp(min=-1), count))
-            if wrong := _differs(trial.run(rows, positions)[:1, :, pad:], z):
-                yield f"T={T}: after {pad} of padding it {wrong}"
-            # The same into a cache: a token is in the slot of its position, padding in none.
-            keys, values = (
-                torch.cat((x, 1e3 * f), dim=2) for x, f in zip(inputs[1:], filler[1:], strict=True)
-            )
-            k = torch.cat((keys, long[1]))
-            v = torch.cat((values, long[2]))
-            if wrong := _differs(trial.run((rows[0], k, v), positions, count[None])[:1, :, pad:], z):
-                yield f"T={T}: after {pad} of padding, into a cache, it {wrong}"
+            # In a cache a token is in the slot of its position, and padding in none.
+            slots = [
+                torch.cat((torch.cat((x, f), dim=2), y))
+                for f, x, y in zip(filler[1:], short[1:], long[1:], strict=True)
+            ]
+            ways = {
+                "": trial.run((q, k, v), positions),
+                ", into a cache,": trial.run((q, *slots), positions, count[None]),
+            }
+            for how, z in ways.items():
+                if wrong := _differs(z[:1, :, pad:], expected[0]):
+                    yield f"T={T}: after {pad} of padding{how} it {wrong}"
+                if wrong := _differs(z[1:], expected[1]):
+                    yield f"T={T}: beside a row with {pad} of padding{how} a row of {T + pad} {wrong}"
 
 
 def _groups(trial: Trial) -> Iterator[str]:
@@ -170,6 +193,14 @@ def _groups(trial: Trial) -> Iterator[str]:
         repeated = trial.full((q, k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)))
         if wrong := _differs(z, repeated):
             yield f"T={T}, H={trial.H}, K={trial.K}: it {wrong} from that with KV heads repeated {G} times"
+        _, other_k, other_v = trial.draw(B, T, seed=1)
+        for head in range(trial.K):
+            changed = [x.clone() for x in (k, v)]
+            changed[0][:, head], changed[1][:, head] = other_k[:, head], other_v[:, head]
+            moved = trial.full((q, *changed))
+            for h in range(trial.H):
+                if h // G != head and _differs(moved[:, h], z[:, h]):
+                    yield f"T={T}, H={trial.H}, K={trial.K}: query head {h} reads KV head {head}"
 
 
 def _dtype(trial: Trial) -> Iterator[str]:
@@ -194,28 +225,37 @@ def _gradient(trial: Trial) -> Iterator[str]:
     for B, T in SIZES[1:6]:
         inputs = [x.requires_grad_() for x in trial.draw(B, T, torch.float64)]
         weights = trial.draw(B, T, torch.float64, seed=1)[0]
-        gradients = _gradients(trial.full(inputs), weights, inputs)
-        for n, name in enumerate("qkv"):
-            analytic, numeric = [], []
-            for seed in range(3):
-                direction = trial.draw(B, T, torch.float64, seed=2 + seed)[n]
-                with torch.no_grad():
-                    ahead, behind = (
-                        trial.full([x + sign * STEP * direction if x is inputs[n] else x for x in inputs])
-                        for sign in (1, -1)
-                    )
-                numeric.append(((ahead - behind) * weights).sum().item() / (2 * STEP))
-                analytic.append((gradients[n] * direction).sum().item())
-            error = (torch.tensor(analytic) - torch.tensor(numeric)).square().mean().sqrt()
-            size = torch.tensor(numeric).square().mean().sqrt() + weights.numel() ** 0.5 * 0.1
-            if not error <= GRADIENT_ERROR * size:
-                yield f"T={T}: along {name} it changes by {numeric[0]:.2e}, by its gradient {analytic[0]:.2e}"
-        positions = (torch.arange(T) - 1).clamp(min=-1).expand(B, -1)
-        for name, gradient in zip(
-            "qkv", _gradients(trial.run(inputs, positions), weights, inputs), strict=True
-        ):
+        # Told and not told that the mask is a plain triangle: two paths through many a kernel.
+        for causal in (True, False):
+            gradients = _gradients(trial.full(inputs, causal), weights, inputs)
+            for n, name in enumerate("qkv"):
+                numeric, analytic = _slopes(trial, inputs, n, gradients[n], weights, causal)
+                error = (analytic - numeric).square().mean().sqrt()
+                size = numeric.square().mean().sqrt() + weights.numel() ** 0.5 * 0.1
+                if not error <= GRADIENT_ERROR * size:
+                    slopes = f"{numeric[0]:.2e}, by its gradient {analytic[0]:.2e}"
+                    yield f"T={T}: along {name} it changes by {slopes}"
+        padded = trial.run(inputs, (torch.arange(T) - 1).expand(B, -1))
+        for name, gradient in zip("qkv", _gradients(padded, weights, inputs), strict=True):
             if not gradient.isfinite().all():
                 yield f"T={T}: with 1 of padding the gradient of {name} is not finite"
+
+
+def _slopes(
+    trial: Trial, inputs: list[Tensor], n: int, gradient: Tensor, weights: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """How (z * weights).sum() changes along three directions of input n: measured, and by its gradient."""
+    measured, predicted = [], []
+    for seed in range(3):
+        direction = torch.randn(inputs[n].shape, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.no_grad():
+            ahead, behind = (
+                trial.full([*inputs[:n], inputs[n] + step * direction, *inputs[n + 1 :]], causal)
+                for step in (STEP, -STEP)
+            )
+        measured.append(((ahead - behind) * weights).sum() / (2 * STEP))
+        predicted.append((gradient * direction).sum())
+    return torch.stack(measured), torch.stack(predicted)
 
 
 def _gradients(z: Tensor, weights: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -244,12 +284,25 @@ def _compile(trial: Trial) -> Iterator[str]:
         try:
             compiled = torch.compile(own, fullgraph=True, backend=collect)(q, k, v, *places)
         except Exception as error:
-            yield f"one token, 8 keys: {str(error).strip().splitlines()[0]}"
+            yield f"one token, 8 keys: {_reason(str(error))}"
             return
         if len(graphs) != 1:
             yield f"one token, 8 keys: expected one graph, got {len(graphs)}"
+        # The compiler takes an .item() into the graph without a word: on a GPU every step would wait for it.
+        if any(node.target in ("item", "tolist") for graph in graphs for node in graph.graph.nodes):
+            yield "one token, 8 keys: .item() or .tolist() looks at data within the graph"
         if wrong := _differs(compiled, trial.run((q, k, v), *places)):
             yield f"one token, 8 keys: compiled it {wrong}"
+
+
+def _reason(message: str) -> str:
+    """The compiler's first line, and the user's own that it is about."""
+    first, *rest = [line.strip() for line in message.strip().splitlines()]
+    for place, line in enumerate(rest):
+        if line.startswith("from user code"):
+            own = [line for line in rest[place + 1 :] if line and not line.startswith(("File ", "Set "))]
+            return f"{first} ({own[-1]})" if own else first
+    return first
 
 
 def _name(dtype: torch.dtype) -> str:

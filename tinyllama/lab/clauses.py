@@ -22,7 +22,7 @@ CLAUSES = {
     "batch": "the rows of a batch do not touch each other",
     "padding": "padding on the left changes nothing",
     "groups": "query head h reads KV head h // (H / K)",
-    "dtype": "gives float64, float32, bfloat16 and float16 for the same",
+    "dtype": "gives what it gets: float64, float32, bfloat16 or float16",
     "finite": "a query that sees nothing gets something finite",
     "gradient": "the gradients of q, k and v are there, right and finite",
     "compile": "torch.compile makes one graph of it, which gives the same",
@@ -65,6 +65,15 @@ def broken_clauses(kernel: Kernel) -> frozenset[str]:
     if isinstance(kernel, ByHead):
         return broken_clauses(kernel.kernel) | broken_clauses(kernel.others)
     return getattr(kernel, "broken_clauses", frozenset())
+
+
+def undeclared(kernel: Kernel) -> Kernel:
+    """The kernel itself, which refuses nothing: to see whether it breaks what it declares."""
+    if isinstance(kernel, functools.partial):
+        return functools.partial(undeclared(kernel.func), *kernel.args, **kernel.keywords)
+    if isinstance(kernel, ByHead):
+        return ByHead(undeclared(kernel.kernel), kernel.heads, undeclared(kernel.others))
+    return getattr(kernel, "__wrapped__", kernel) if broken_clauses(kernel) else kernel
 
 
 def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: AttentionContext) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tinyllama.attention import Kernel, kernel_name
+from tinyllama.errors import InputError
 from tinyllama.lab.checks import CHECKS, Trial
-from tinyllama.lab.clauses import CLAUSES, broken_clauses
+from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,30 @@ def check_attention(
         layer: the one it is told it is in.
 
     What the kernel declares (`breaks`) is tried too, and told apart from what it breaks unsaid.
+
+    Raises:
+        InputError: the heads do not divide.
     """
-    trial = Trial(kernel, heads, kv_heads, head_dim, layer)
+    if heads % kv_heads:
+        raise InputError(f"check_attention: {heads} query heads cannot share {kv_heads} KV heads evenly")
+    trial = Trial(undeclared(kernel), heads, kv_heads, head_dim, layer)
     declared = broken_clauses(kernel)
     clauses: list[Clause] = []
     for name, check in CHECKS.items():
-        clauses.append(Clause(name, _first(kernel, check(trial)), name in declared))
+        clauses.append(Clause(name, _first(trial, check(trial)), name in declared))
         if name == "shape" and clauses[0].example is not None:
             break
     return Contract(kernel_name(kernel), tuple(clauses))
 
 
-def _first(kernel: Kernel, examples: Iterator[str]) -> str | None:
+def _first(trial: Trial, examples: Iterator[str]) -> str | None:
     try:
         return next(examples, None)
     except Exception as error:
         # Where in the kernel's own file, rather than deep inside PyTorch.
+        kernel = trial.kernel.func if isinstance(trial.kernel, partial) else trial.kernel
+        code = getattr(getattr(kernel, "forward", kernel), "__code__", None)
         frames = traceback.extract_tb(error.__traceback__)
-        code = getattr(kernel, "__code__", None)
-        own = [frame for frame in frames if code and frame.filename == code.co_filename] or frames
+        last = ([frame for frame in frames if code and frame.filename == code.co_filename] or frames)[-1]
         message = str(error).strip().split("\n")[0]
-        return f"{type(error).__name__}: {message} (line {own[-1].lineno}: {own[-1].line})"
+        return f"T={trial.tried[-1]}: {type(error).__name__}: {message} (line {last.lineno}: {last.line})"

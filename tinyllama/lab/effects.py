@@ -20,9 +20,12 @@ HEADS = "layers.*.self_attn.z"
 
 
 def relative_change(value: Tensor, before: Tensor) -> Tensor:
-    """Length of the change over the length of the value, mean over tokens: (..., T, C) -> (...)."""
+    """Length of the change over that of the value, mean over tokens: (..., T, C) -> (...).
+
+    What was zero and is not any more has changed by 1.
+    """
     change, length = (value - before).norm(dim=-1), before.norm(dim=-1)
-    return (change / length.clamp(min=torch.finfo(length.dtype).tiny)).mean(dim=-1)
+    return torch.where(length > 0, change / length, (change > 0).to(change)).mean(dim=-1)
 
 
 @torch.no_grad()

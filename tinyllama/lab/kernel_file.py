@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,8 +47,9 @@ def load_kernel(spec: str) -> Kernel:
     Raises:
         InputError: there is no such kernel or setting, or the file fails.
     """
-    head, _, last = spec.rpartition(":")
-    place, settings = (head, last) if "=" in last else (spec, "")
+    place, settings = spec, ""
+    if found := re.search(r":(?=[A-Za-z_]\w*\s*=|[^:]*=)", spec):
+        place, settings = spec[: found.start()], spec[found.end() :]
     file, colon, name = place.rpartition(":")
     kernel = _from_file(Path(file), name) if colon else _built_in(name)
     return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
@@ -81,12 +84,17 @@ def _from_file(path: Path, name: str) -> Kernel:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The modules beside a file can be imported; last in the path, so that they hide no other."""
+    """Modules beside a file can be imported, by it alone; last in the path, so that they hide no other."""
+    path, modules = sys.path[:], set(sys.modules)
     sys.path.append(str(folder))
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = path
+        # Another folder's helper.py must not be taken for this one's.
+        for name in set(sys.modules) - modules:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(f"{folder}{os.sep}"):
+                del sys.modules[name]
 
 
 def _named(module: ModuleType) -> list[str]:
@@ -97,11 +105,12 @@ def _values(spec: str, kernel: Kernel, settings: str) -> dict[str, Any]:
     """The settings as keyword arguments of the kernel."""
     try:
         call = ast.parse(f"f({settings})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if call.args or None in (keyword.arg for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
             raise ValueError("a setting has no name")
-    except (SyntaxError, ValueError) as error:
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(values) < len(call.keywords) or "None" in values:
+            raise ValueError("a setting comes twice, or has no name")
+    except (SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"{spec}: expected settings as name=value,name=value, got {settings!r}") from error
     known = list(inspect.signature(kernel).parameters)[4:]  # after q, k, v and context
     wrong = [name for name in values if name not in known]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tinyllama.attention import AttentionContext, repeat_kv
+from tinyllama.errors import InputError
 from tinyllama.lab.clauses import breaks
 
 
@@ -35,6 +36,8 @@ def online(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, block:
     arXiv:2205.14135), algorithm 1. With the largest score so far m, the sum of weights and the
     weighted values z, a block with a larger m' first shrinks both sums by exp(m - m').
     """
+    if block < 1:
+        raise InputError(f"online: block: expected 1 or more, got {block}")
     k, v = repeat_kv(q, k, v)
     working = torch.promote_types(q.dtype, torch.float32)
     lowest = torch.finfo(working).min

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllama.attention import kernel_name
+from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import continuation, first_difference
@@ -71,6 +72,9 @@ def scorecard(
         changes: what is tried.
         extent: how much is measured.
         done: told of each step.
+
+    Raises:
+        InputError: a change gives logits that are not finite.
     """
     config = subject.model.config
     cards = []
@@ -134,6 +138,10 @@ def _predict(subject: Subject, cards: Cards, done: Callable[[str], object]) -> N
             done(f"{text}, {change.name}")
             with change.applied(model):
                 logits, values = observe(model, ids)
+            if not logits.isfinite().all():
+                raise InputError(
+                    f"{change.name}: gives logits on {text} that are not finite; leave it out, or use float32"
+                )
             parts[n][text] = difference(logits, truth, ids)
             moved[n][text] = (*total_changes(values, before), direct[n])
     for (_, card), part, move in zip(cards, parts, moved, strict=True):
@@ -199,11 +207,11 @@ def _continue(subject: Subject, cards: Cards, extent: Extent, done: Callable[[st
             with change.applied(subject.model):
                 ids = continuation(subject.model, prompt, extent.new_tokens)
             parts_at = first_difference(ids, own.setdefault(name, ids))
-            # Decoded with the prompt, which decides about the first space; a character cut in two is not the
-            # same yet.
+            # Decoded with the prompt, which decides about the first space.
             start = len(tokenizer.decode(list(prompt)))
-            whole = tokenizer.decode([*prompt, *ids])[start:]
-            same = tokenizer.decode([*prompt, *ids[:parts_at]])[start:].rstrip("\ufffd")
+            whole = same = tokenizer.decode([*prompt, *ids])[start:]
+            if parts_at is not None:  # a character cut in two is not the same yet
+                same = tokenizer.decode([*prompt, *ids[:parts_at]])[start:].rstrip("\ufffd")
             card["continuations"].append(
                 {"prompt": name, "ids": ids, "parts_at": parts_at, "same": same, "rest": whole[len(same) :]}
             )

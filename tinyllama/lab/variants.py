@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tinyllama.attention import AttentionContext, masked_softmax, repeat_kv, sdpa
 from tinyllama.errors import InputError
+from tinyllama.lab.clauses import breaks
 from tinyllama.rope import rotate
 
 
@@ -23,6 +24,7 @@ def window(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, size: 
     Beltagy et al. 2020 (Longformer, arXiv:2004.05150), section 3.1; Jiang et al. 2023 (Mistral 7B,
     arXiv:2310.06825), section 2.
     """
+    _require(size >= 1, "window: size", "1 or more", size)
     return sdpa(q, k, v, context.where(_distance(context) < size))
 
 
@@ -34,6 +36,7 @@ def sinks(
     Xiao et al. 2023 (StreamingLLM, arXiv:2309.17453), section 3.2. Positions stay those of the text; the
     paper counts them within its rolling cache.
     """
+    _require(size >= 1, "sinks: size", "1 or more", size)
     start = context.visible.key_positions[:, None, None, :] < first
     return sdpa(q, k, v, context.where(start | (_distance(context) < size)))
 
@@ -68,6 +71,7 @@ def softcap(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, cap: 
 
     Gemma Team 2024 (Gemma 2, arXiv:2408.00118), section 2, with their cap of 50.
     """
+    _require(cap > 0, "softcap: cap", "a number above 0", cap)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     return masked_softmax(cap * torch.tanh(scores / cap), context) @ v
@@ -94,6 +98,7 @@ def differential(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> 
     Ye et al. 2024 (arXiv:2410.05258), equations 1 to 3, with lambda fixed at the layer's starting value,
     0.8 - 0.6 exp(-0.3 layer). Each half of a head has to keep whole RoPE pairs, i with i + D/2.
     """
+    _require(q.shape[-1] % 4 == 0, "differential: head_dim", "a multiple of 4", q.shape[-1])
     start = 0.8 - 0.6 * math.exp(-0.3 * context.layer)
     k, v = repeat_kv(q, k, v)
     first, second = (
@@ -109,6 +114,7 @@ def topk(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, keys: in
 
     Gupta et al. 2021 (arXiv:2106.06899), section 3. Scores equal to the smallest one kept are kept, too.
     """
+    _require(keys >= 1, "topk: keys", "1 or more", keys)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     lowest = torch.finfo(scores.dtype).min
@@ -117,6 +123,8 @@ def topk(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, keys: in
     return masked_softmax(scores.masked_fill(scores < kth, lowest), context) @ v
 
 
+# A mean of several heads is none of them.
+@breaks("groups")
 def regroup(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, kv_heads: int = 1) -> Tensor:
     """Another number of KV heads: neighbours become their mean (1: MQA), or each is repeated (H: MHA).
 
@@ -124,8 +132,8 @@ def regroup(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, kv_he
     key of the mean projection: a checkpoint with averaged weights computes the same, from a smaller cache.
     """
     K, H = k.shape[1], q.shape[1]
-    if H % kv_heads or max(K, kv_heads) % min(K, kv_heads):
-        raise InputError(f"regroup: {K} KV heads for {H} query heads cannot become {kv_heads}")
+    possible = [n for n in range(1, H + 1) if H % n == 0 and max(K, n) % min(K, n) == 0]
+    _require(kv_heads in possible, "regroup: kv_heads", f"one of {possible}", kv_heads)
     if kv_heads < K:
         k, v = (x.unflatten(1, (kv_heads, -1)).mean(dim=2) for x in (k, v))
     else:
@@ -147,6 +155,11 @@ def without_rope(q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tenso
     q_cos, q_sin = visible.rotary(visible.query_positions, q.dtype)
     k_cos, k_sin = visible.rotary(visible.key_positions, k.dtype)
     return rotate(q, q_cos, -q_sin), rotate(k, k_cos, -k_sin)
+
+
+def _require(kept: bool, what: str, expected: str, got: float) -> None:
+    if not kept:
+        raise InputError(f"{what}: expected {expected}, got {got}")
 
 
 def _distance(context: AttentionContext) -> Tensor:
