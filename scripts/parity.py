@@ -130,7 +130,9 @@ def extent(args: argparse.Namespace, one: Subject) -> Extent:
 
 def is_kernel(against: str) -> bool:
     """Whether --against names a kernel, not a checkpoint."""
-    return against in ("eager", "sdpa") or ".py:" in against
+    from tinyllama.lab.kernel_file import BUILT_IN
+
+    return ".py:" in against or against.partition(":")[0] in BUILT_IN
 
 
 def show(figures: Figures) -> None:
@@ -169,7 +171,7 @@ def parse() -> argparse.Namespace:
         "--attention",
         action="append",
         metavar="KERNEL",
-        help="eager, sdpa or file.py:function; may be given several times (default: eager and sdpa)",
+        help="eager, sdpa, a variant or file.py:function; may be repeated (default: eager and sdpa)",
     )
     parser.add_argument(
         "--against",

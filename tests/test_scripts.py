@@ -228,7 +228,7 @@ def test_nan_logits_keep_the_text_so_far(run_script, preloaded):
         (["--stop", "", "x"], b"", "stop: expected"),
         (["--model", "no such model", "x"], b"", "model 'no such model'"),
         (["--dtype", "int8", "x"], b"", "--dtype"),
-        (["--attention", "flash", "x"], b"", "--attention"),
+        (["--attention", "flash", "x"], b"", "attention: expected eager, sdpa, window"),
         (["--file", "no-such-file"], b"", "no-such-file: cannot be read"),
         (["--file", "x", "x"], b"", "not both"),
         (["--system", "x", "x"], b"", "needs --chat"),
@@ -238,7 +238,7 @@ def test_nan_logits_keep_the_text_so_far(run_script, preloaded):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run_script, monkeypatch, loaded, arguments, stdin, expected):
-    if "--model" not in arguments:
+    if not {"--model", "--attention"} & set(arguments):
         monkeypatch.setattr(options, "load", lambda args: loaded)
     status, out, err = run_script("generate", *arguments, stdin=stdin)
     assert (status, out) == (2, "")

@@ -72,7 +72,7 @@ def check_attention(
     What the kernel declares (`breaks`) is tried too, and told apart from what it breaks unsaid.
 
     Raises:
-        InputError: the heads do not divide.
+        InputError: the heads do not divide, or the kernel refuses them or its settings.
     """
     if heads % kv_heads:
         raise InputError(f"check_attention: {heads} query heads cannot share {kv_heads} KV heads evenly")
@@ -89,6 +89,8 @@ def check_attention(
 def _first(trial: Trial, examples: Iterator[str]) -> str | None:
     try:
         return next(examples, None)
+    except InputError:
+        raise
     except Exception as error:
         # Where in the kernel's own file, rather than deep inside PyTorch.
         kernel = trial.kernel.func if isinstance(trial.kernel, partial) else trial.kernel

@@ -39,6 +39,9 @@ VARIANTS: dict[str, Kernel] = {
 }
 
 
+BUILT_IN = KERNELS | VARIANTS
+
+
 def load_kernel(spec: str) -> Kernel:
     """The kernel that a name (`sdpa`, `window`) or `file.py:function` stands for; runs the file.
 
@@ -56,10 +59,9 @@ def load_kernel(spec: str) -> Kernel:
 
 
 def _built_in(name: str) -> Kernel:
-    known = KERNELS | VARIANTS
-    if name not in known:
-        raise InputError(f"attention: expected {', '.join(known)} or file.py:function, got {name!r}")
-    return known[name]
+    if name not in BUILT_IN:
+        raise InputError(f"attention: expected {', '.join(BUILT_IN)} or file.py:function, got {name!r}")
+    return BUILT_IN[name]
 
 
 def _from_file(path: Path, name: str) -> Kernel:
