@@ -33,6 +33,7 @@ EXAMPLES = """\
   python scripts/lab.py ablate --layers 3 --heads 0 --json > card.json
   python scripts/lab.py --list                          the built-in variants
   python scripts/lab.py --addresses --model smollm2     what can be captured and patched
+  python scripts/lab.py --capture "layers.*.self_attn.z"        what that costs
 
 exit status: 0, 1 where a kernel breaks the contract, 2 on bad input"""
 
@@ -49,6 +50,9 @@ def main() -> int:
     model, tokenizer = options.load(args)
     if args.addresses:
         show_addresses(model, args.tokens)
+        return 0
+    if args.capture:
+        show_overhead(model, tokenizer, args)
         return 0
     from tinyllama.lab.page import page
     from tinyllama.lab.scorecard import Extent, scorecard
@@ -135,6 +139,24 @@ def show_addresses(model: Llama, tokens: int) -> None:
     tables.show_addresses(Console(highlight=False), model, tokens)
 
 
+def show_overhead(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Print what a capture costs, and what the taps cost where there is none."""
+    from tinyllama.lab.overhead import overhead
+
+    (ids, *_) = subject(model, tokenizer, args).texts.values()
+    cost = overhead(model, args.capture, ids, max(args.rounds, 1))
+    steps = [
+        (f"a text of {len(ids)} tokens", cost.plain, cost.watched),
+        ("one token more, from the cache", cost.plain_step, cost.watched_step),
+    ]
+    for what, plain, watched in steps:
+        print(
+            f"{what}: {plain * 1e3:.1f} ms, of which the taps take {cost.taps * 1e3:.2f} ms "
+            f"({cost.taps / plain:.1%}); with the capture {watched * 1e3:.1f} ms ({watched / plain - 1:+.1%})"
+        )
+    print(f"captured of the text: {cost.captured / 1e6:.1f} MB")
+
+
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
@@ -166,11 +188,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list the built-in variants")
     parser.add_argument("--addresses", action="store_true", help="list the addresses of the model's values")
+    parser.add_argument(
+        "--capture",
+        action="append",
+        metavar="ADDRESS",
+        help="time a pass that captures these; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
     options.add_model_options(parser)
     args = parser.parse_args()
-    if not (args.kernels or args.healed or args.list or args.addresses):
+    if not (args.kernels or args.healed or args.list or args.addresses or args.capture):
         parser.error("no kernel: give one, or --list for the built-in ones")
     if args.tokens < 4:
         parser.error(f"--tokens: expected 4 or more, got {args.tokens}")

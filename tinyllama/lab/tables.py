@@ -152,8 +152,10 @@ def change(figures: Figures) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A ratio as a change: +3.1%, or ×40 where percents say nothing."""
-    return f"{ratio - 1:+.1%}" if ratio < 3 else f"×{ratio:.3g}"
+    """A ratio as a change: +3.1%, +112%, or ×40 where percents say nothing."""
+    if ratio >= 10:
+        return f"×{ratio:.3g}"
+    return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio - 1:+.0%}"
 
 
 def times(ratio: float | None) -> str:

@@ -1,28 +1,19 @@
-"""The results as one self-contained HTML page: no script, nothing from elsewhere, to be read offline."""
+"""The results as an HTML page."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
-
+from tinyllama.pages import render
 from tinyllama.parity import charts
 from tinyllama.parity.charts import Chart
 from tinyllama.parity.tables import number
-from tinyllama.terminal import visible
 
 Figures = dict[str, Any]
-
-FOLDER = files("tinyllama.parity")
 
 # What a bool says, by its key: when true, when false.
 WORDS = {
@@ -46,27 +37,16 @@ COUNTS = ("positions", "ids", "calls", "weights")
 
 
 def page(figures: Figures) -> str:
-    """The page of `report.concluded` figures; a cell has its key and exact value as attributes."""
-    style = _file("page.css")
-    environment = Environment(
-        loader=FunctionLoader(_file),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_harmless,
-    )
-    return environment.get_template("page.html").render(
-        figures=figures,
+    """The page of `report.concluded` figures."""
+    return render(
+        __package__,
+        figures,
+        formatted,
         cases=[CaseView.of(figures, index) for index in range(len(figures["cases"]))],
         summary=summary(figures),
-        cell=partial(_tagged, figures, "<td {}>{}</td>"),
-        head=partial(_tagged, figures, '<th scope="row" {}>{}</th>'),
-        figure=partial(_tagged, figures, "<span {}>{}</span>"),
         worst_first=worst_first,
+        machine=[(name, f"machine.{name}") for name in figures["machine"]],
         area=charts,
-        style=Markup(style),
-        policy=f"default-src 'none'; style-src 'sha256-{_sha256(style)}'",
     )
 
 
@@ -208,16 +188,6 @@ def _size(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _tagged(figures: Figures, element: str, key: str) -> Markup:
-    """The figure of that key in an element, with its exact value as JSON."""
-    value: Any = figures
-    for part in key.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    kind = "text" if isinstance(value, (str, bool, dict)) else "figure"
-    about = Markup('class="{}" data-key="{}" data-value="{}"').format(kind, key, json.dumps(value))
-    return Markup(element).format(about, visible(formatted(key, value)))
-
-
 def formatted(key: str, value: Any) -> str:
     """The one way in which the figure of that key is written."""
     *_, parent, name = ["", *key.split(".")]
@@ -239,16 +209,3 @@ def formatted(key: str, value: Any) -> str:
 def _multiple(value: float) -> str:
     """So many R: from the limit's 1.5 to a bug's million."""
     return f"{value:,.0f}" if 100 <= value < 1e9 else f"{value:#.3g}"
-
-
-def _harmless(value: Any) -> Any:
-    """Text with its invisible characters as escapes, which autoescape knows nothing of."""
-    return visible(value) if type(value) is str else value
-
-
-def _file(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
