@@ -11,6 +11,10 @@ import sys
 import pytest
 
 import tinyllama
+import tinyllama.lab
+import tinyllama.parity
+
+PACKAGES = [tinyllama, tinyllama.lab, tinyllama.parity]
 
 
 def modules():
@@ -19,16 +23,21 @@ def modules():
     ]
 
 
-@pytest.mark.parametrize("name", tinyllama.__all__)
-def test_every_public_name_can_be_had(name):
-    assert getattr(tinyllama, name).__name__ == name
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_can_be_had(package):
+    for name in package.__all__:
+        assert getattr(getattr(package, name), "__name__", name) == name
+        # A module of that name would take its place as soon as it is imported.
+        assert not inspect.ismodule(getattr(package, name))
 
 
-def test_the_table_of_places_lists_every_public_name_once():
-    placed = [name for names in tinyllama._PLACES.values() for name in names]
-    assert sorted(placed) == sorted(tinyllama.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = tinyllama.nothing
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_table_of_places_lists_every_public_name_once(package):
+    placed = [name for names in package._PLACES.values() for name in names]
+    assert sorted(placed) == sorted(package.__all__)
+    assert not set(placed) & set(package._PLACES)
+    with pytest.raises(AttributeError, match=rf"module '{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing
 
 
 def test_importing_the_package_imports_no_torch():
@@ -59,7 +68,9 @@ def test_the_runtime_imports_no_transformers():
     # The reference is never a part: only parity, tests and the bench import it.
     code = (
         "import sys, tinyllama\n"
-        "for name in tinyllama.__all__: getattr(tinyllama, name)\n"
+        "import tinyllama.lab, tinyllama.lab.scorecard, tinyllama.lab.page\n"
+        "for package in (tinyllama, tinyllama.lab):\n"
+        "    for name in package.__all__: getattr(package, name)\n"
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

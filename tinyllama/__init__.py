@@ -12,8 +12,9 @@ print(tokenizer.decode(ids + new_ids))
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tinyllama.lazy import lazily
 
 if TYPE_CHECKING:
     from tinyllama.activations import addresses, capture, patch
@@ -69,10 +70,4 @@ _PLACES = {
     "tokenizer": ["Tokenizer"],
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use (PEP 562): `--help` need not wait two seconds for torch."""
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(f"tinyllama.{module}"), name)
-    raise AttributeError(f"module 'tinyllama' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _PLACES)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tinyllama.lazy import lazily
 
 if TYPE_CHECKING:
     from tinyllama.parity.comparison import Comparison, compare, kernel_run, reference_run
@@ -40,10 +41,4 @@ _PLACES = {
     "reference": ["config_fields", "reference_model"],
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use: the measures and texts serve without transformers too."""
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(f"tinyllama.parity.{module}"), name)
-    raise AttributeError(f"module 'tinyllama.parity' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _PLACES)
