@@ -2,9 +2,11 @@
 PYTHON ?= python3
 PROMPT ?= The three most important ideas in physics are
 MODEL ?=
+KERNEL ?= window
 # Through the environment and unexpanded, so that neither make nor the shell reads a $ or a quote in them.
 export PROMPT_TEXT := $(value PROMPT)
 export MODEL_NAME := $(value MODEL)
+export KERNEL_NAME := $(value KERNEL)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick bench lint format clean
+.PHONY: help setup generate chat test parity parity-quick lab bench lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +37,9 @@ parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a
 
 parity-quick: $(DEV) ## the same on less, in a minute
 	@$(BIN)/python scripts/parity.py --quick
+
+lab: $(RUN) ## measure another attention: make lab KERNEL=window MODEL=smollm2
+	@$(BIN)/python scripts/lab.py $(MODEL_OPTION) --html lab.html -- "$$KERNEL_NAME"
 
 bench: $(DEV) ## measure speed and memory beside transformers, on TinyLlama's shape
 	@$(BIN)/python scripts/bench.py

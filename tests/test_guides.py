@@ -1,27 +1,63 @@
-"""The guides keep their word: their Python runs, prints what they show, and their commands exist."""
+"""The guides keep their word: their Python runs and prints what they show, and their commands run."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_scripts import load_script
+from tinyllama import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 # Measured errors vary with the machine; everything else must be as shown.
 MEASURED = re.compile(r"-?\d+(\.\d+)?(e[+-]\d+)?")
+BLOCK = re.compile(r"```(python|text|bash)\n(.*?)```", re.DOTALL)
+# Everything is run as it stands, but on less: later options win.
+LESS = {
+    "lab": "--tokens 64 --rounds 1 --new-tokens 2 --prompt Hello",
+    "heal": "--steps 1 --batch 1 --length 16",
+}
+TOKENS = re.compile(r"\b1024\b"), "300"
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_its_python_prints_what_it_shows(guide, smollm2_folder, capsys):
+def test_its_python_prints_what_it_shows_and_its_commands_run(
+    guide, smollm2_folder, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     namespace, printed, shown = {}, "", 0
-    for language, block in re.findall(r"```(python|text)\n(.*?)```", guide.read_text("utf-8"), re.DOTALL):
-        if language == "python":
-            exec(block, namespace)
-            printed = capsys.readouterr().out
-        else:
+    for language, block in BLOCK.findall(guide.read_text("utf-8")):
+        if language == "text":
             assert MEASURED.sub("#", printed) == MEASURED.sub("#", block)
             shown += 1
+        elif language == "bash":
+            for line in block.splitlines():
+                run_command(line, monkeypatch)
+            capsys.readouterr()
+        else:
+            if named := re.match(r"# file: (\S+)\n", block):
+                (tmp_path / named[1]).write_text(block, "utf-8")
+            exec(TOKENS[0].sub(TOKENS[1], block), namespace)
+            printed = capsys.readouterr().out
     assert shown
+
+
+def run_command(line, monkeypatch):
+    """`python scripts/name.py ...` in this process, any other by itself; it has to succeed."""
+    python, script, *arguments = shlex.split(line)
+    assert python == "python", line
+    if not script.startswith("scripts/"):
+        subprocess.run(f"{shlex.quote(sys.executable)} {line.removeprefix('python')}", shell=True, check=True)
+        return
+    name = Path(script).stem
+    monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(LESS[name])])
+    with pytest.raises(SystemExit) as exit:
+        terminal.run(load_script(name).main)
+    assert exit.value.code == 0, line
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
@@ -29,7 +65,8 @@ def test_the_scripts_and_options_that_it_names_exist(guide):
     text = guide.read_text("utf-8")
     commands = re.findall(r"python (scripts/\w+\.py)([^`\n]*)", text)
     assert commands
+    shared = (ROOT / "tinyllama" / "options.py").read_text("utf-8")
     for script, arguments in commands:
-        source = (ROOT / script).read_text("utf-8")
+        source = (ROOT / script).read_text("utf-8") + shared
         for option in re.findall(r"--[a-z-]+", arguments):
             assert f'"{option}"' in source, (script, option)

@@ -155,7 +155,8 @@ def percent(ratio: float) -> str:
     """A ratio as a change: +3.1%, +112%, or ×40 where percents say nothing."""
     if ratio >= 10:
         return f"×{ratio:.3g}"
-    return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio - 1:+.0%}"
+    change = round(ratio - 1, 3) + 0.0  # no -0.0%
+    return f"{change:+.1%}" if ratio < 2 else f"{change:+.0%}"
 
 
 def times(ratio: float | None) -> str:
