@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tinyllama.lab.healing import Healed, Settings
 
 HELD_OUT = 0.2
-MOST_HELD_OUT = 4096  # tokens
 # Reading a text more often than this, a small model learns it by heart.
 MOST_READINGS = 3
 
@@ -63,7 +62,7 @@ def main() -> int:
     if readings > MOST_READINGS:
         note(f"warning: the text will be read {readings:.0f} times, and learnt by heart; give a longer one")
     healed, interrupted = train(args, model, change, ids[:cut], settings, start)
-    figures = measure(model, change, ids[cut:][:MOST_HELD_OUT], healed, settings)
+    figures = measure(model, change, ids[cut:][: args.held_out], healed, settings)
     print(json.dumps(figures, indent=1) if args.json else told(figures))
     return 130 if interrupted else 0
 
@@ -193,6 +192,13 @@ def parse() -> argparse.Namespace:
         default=256,
         metavar="N",
         help="tokens a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=options.positive,
+        default=4096,
+        metavar="N",
+        help="tokens to measure on, of the last fifth (default: %(default)s)",
     )
     parser.add_argument(
         "--lr", type=float, default=1e-4, metavar="X", help="learning rate (default: %(default)s)"

@@ -164,13 +164,13 @@ def test_the_capital_moves_to_the_last_token_within_one_head(trained):
     def prefers_paris(logits):
         return logits[:, paris] - logits[:, rome]
 
-    by_place = activation_patching(model, france, italy, prefers_paris)
-    assert (by_place[:23, 3] > 7).all()
-    assert (by_place[:23, 4] < -5).all()
-    assert (by_place[23:, 3] < -5).all()
-    assert (by_place[23:, 4] > 7).all()
-    by_head = activation_patching(model, france, italy, prefers_paris, "layers.*.self_attn.z")
-    assert by_head.flatten().argmax() == 23 * 9 + 4
+    before, after = activation_patching(model, france, italy, prefers_paris, "layers.2[23]")
+    assert before[3] > 7
+    assert before[4] < -5
+    assert after[3] < -5
+    assert after[4] > 7
+    by_head = activation_patching(model, france, italy, prefers_paris, "layers.2*.self_attn.z")
+    assert by_head.flatten().argmax() == 4 * 9 + 4  # layers 2, 20, 21, 22, 23
     direct = direct_logit_attribution(model, france, paris, rome)
     assert direct.heads.flatten().argmax() == 23 * 9 + 4
     torch.testing.assert_close(

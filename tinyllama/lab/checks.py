@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FunctionType
 from typing import Any
 
@@ -62,7 +63,7 @@ class Trial:
         B, _, T, _ = inputs[0].shape
         return self.run(inputs, torch.arange(T).expand(B, -1), causal=causal)
 
-    @property
+    @cached_property
     def rotary(self) -> RotaryEmbedding:
         """RoPE for this D."""
         return RotaryEmbedding(LlamaConfig(head_dim=self.D))
