@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 # Measured errors vary with the machine; everything else must be as shown.
 MEASURED = re.compile(r"-?\d+(\.\d+)?(e[+-]\d+)?")
-BLOCK = re.compile(r"```(python|text|bash)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(python|text|bash|sh)\n(.*?)```", re.DOTALL)
 # Everything is run as it stands, but on less: later options win.
 LESS = {
     "lab": "--tokens 32 --rounds 0 --new-tokens 1 --prompt Hello",
     "heal": "--steps 1 --batch 1 --length 16 --held-out 16 --layers 3",
 }
-TOKENS = re.compile(r"\b1024\b"), "100"
+TOKENS = re.compile(r"\b1024\b"), "64"
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
@@ -38,6 +38,10 @@ def test_its_python_prints_what_it_shows_and_its_commands_run(
             for line in block.splitlines():
                 run_command(line, monkeypatch)
             capsys.readouterr()
+        elif language == "sh":  # takes minutes: its kernels and options are known, at least
+            monkeypatch.setattr(sys, "argv", shlex.split(block)[1:])
+            script = load_script("lab")
+            assert script.read_changes(script.parse())
         else:
             if named := re.match(r"# file: (\S+)\n", block):
                 (tmp_path / named[1]).write_text(block, "utf-8")
