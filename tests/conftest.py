@@ -24,6 +24,15 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The tensors are small: beside other work a second thread made such tests five times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The trained embedded model's checkpoint folder, made on first use."""

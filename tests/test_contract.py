@@ -20,18 +20,12 @@ from tinyllama.lab.contract import check_attention
 from tinyllama.lab.kernel_file import VARIANTS
 
 # PyTorch says so of flex_attention, once a process.
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+]
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small: beside other work a second thread made this file five times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -120,6 +120,19 @@ def test_variants_and_addresses_are_listed(run):
     assert "(B, T, V)" in rows["lm_head"]
 
 
+def test_what_a_capture_costs_is_measured(run):
+    refused = run("lab", "--capture", "layers.*.self_attn.pattern", *BRIEF)  # strict here as anywhere
+    assert_refused(refused, "nothing was computed there; run the model inside the block, by a kernel that")
+    status, out, err = run("lab", "--capture", "layers.*.self_attn.z", *BRIEF)
+    assert (status, err) == (0, "")
+    text, step, captured = out.splitlines()
+    assert text.startswith("a text of 32 tokens: ")
+    assert step.startswith("one token more, from the cache: ")
+    assert all("of which the taps take" in line and "with the capture" in line for line in (text, step))
+    # 4 layers of 8 heads of 8 numbers of 4 bytes, 32 times.
+    assert captured == "captured of the text: 0.0 MB"
+
+
 def test_the_page_is_written_and_holds_the_figures(run, tmp_path):
     status, _, err = run("lab", "my.py:near", *BRIEF, "--html", "card.html")
     assert status == 0

@@ -114,6 +114,26 @@ def test_a_prompt_is_continued_from_an_argument_a_file_or_stdin(run_script, prel
     assert run_script("generate", "--file", "-", *short, stdin=f"{PROMPT}\n".encode()) == expected
 
 
+def test_a_variant_or_a_kernel_of_ones_own_continues_a_prompt(run_script, smollm2_folder, loaded, tmp_path):
+    # The same window, built in and out of a file; and another text than without it.
+    kernel = tmp_path / "mine.py"
+    kernel.write_text(
+        "import tinyllama\n"
+        "def near(q, k, v, context, size=2):\n"
+        "    seen = context.visible\n"
+        "    distance = seen.query_positions[:, None, :, None] - seen.key_positions[:, None, None, :]\n"
+        "    return tinyllama.sdpa(q, k, v, context.where(distance < size))\n"
+    )
+    texts = []
+    for spec in ("window:size=2", f"{kernel}:near"):
+        status, out, err = run_script(
+            "generate", PROMPT, "--model", "smollm2", "--attention", spec, "--max-new-tokens", "4"
+        )
+        assert (status, err) == (0, "")
+        texts.append(out)
+    assert texts[0] == texts[1] != continuation(loaded, 4) + "\n"
+
+
 def test_an_output_can_be_a_prompt_again(run_script, preloaded):
     _, out, _ = run_script("generate", PROMPT, "--max-new-tokens", "2")
     assert run_script("generate", "--max-new-tokens", "0", stdin=out.encode()) == (0, out, "")

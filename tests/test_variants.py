@@ -20,7 +20,7 @@ from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, re
 from tinyllama.rope import RotaryEmbedding
 
 pytestmark = [
-    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.usefixtures("no_grad", "one_thread"),
     # PyTorch says so of flex_attention, once a process.
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
 ]
@@ -36,15 +36,6 @@ SMALL = VARIANTS | {
     "topk": partial(variants.topk, keys=2),
     "online": partial(restatements.online, block=3),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small: beside other work a second thread made this file five times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(heads=H, kv_heads=K, length=T, dtype=torch.float64, seed=0):

@@ -50,7 +50,7 @@ def overhead(model: Llama, patterns: Sequence[str], ids: Sequence[int], rounds: 
             for what, batch, place in (("pass", text, None), ("step", text[:, -1:], last)):
                 with capture(model, *patterns) if watched else nullcontext():
                     start = time.perf_counter()
-                    model.hidden_states(batch, cache, place)
+                    model(batch, cache, place)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     times.setdefault((what, watched), []).append(time.perf_counter() - start)
