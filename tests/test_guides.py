@@ -19,6 +19,7 @@ BLOCK = re.compile(r"```(python|text|bash|sh)\n(.*?)```", re.DOTALL)
 # Everything is run as it stands, but on less: later options win.
 LESS = {
     "lab": "--tokens 32 --rounds 0 --new-tokens 1 --prompt Hello",
+    "parity": "--quick --dtype float32",
     "heal": "--steps 1 --batch 1 --length 16 --held-out 16 --layers 3",
 }
 TOKENS = re.compile(r"\b1024\b"), "64"

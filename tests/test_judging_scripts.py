@@ -274,7 +274,7 @@ def test_what_is_no_kernel_is_refused_before_any_model_is_looked_for(parity, tmp
     assert_refused(parity("no-such-model", "--attention", tmp_path / "raises.py:f"), r"two\nlines; mend")
     assert_refused(parity("no-such-model", "--attention", "absent.py:f"), "absent.py: no such file")
     assert_refused(parity("no-such-model", "--attention", "my.py:absent"), "expected a function 'absent'")
-    assert_refused(parity("no-such-model", "--attention", "flash"), "expected one of eager, sdpa")
+    assert_refused(parity("no-such-model", "--attention", "flash"), "expected eager, sdpa, window")
 
 
 def test_two_kernels_of_one_kind_pass_against_each_other(parity, tiny):
