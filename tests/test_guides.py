@@ -22,7 +22,7 @@ LESS = {
     "parity": "--quick --dtype float32",
     "heal": "--steps 1 --batch 1 --length 16 --held-out 16 --layers 3",
 }
-TOKENS = re.compile(r"\b1024\b"), "64"
+TOKENS = re.compile(r"\b1024\b"), "16"
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
