@@ -113,6 +113,12 @@ def test_a_seed_is_another_order_of_the_text():
     assert healed(1).losses != healed(1, settings=other).losses
 
 
+def test_every_step_reads_other_windows():
+    # With next to no learning rate, the loss changes with the text alone.
+    still = Settings(KERNEL, (1, 3), None, "a text", batch=2, length=16, lr=1e-12)
+    assert len({round(loss, 4) for loss in healed(4, settings=still).losses}) == 4
+
+
 def test_a_file_keeps_what_it_was_made_by(tmp_path):
     path = tmp_path / "healed.safetensors"
     result = healed(1)

@@ -1,5 +1,6 @@
 """What the scorecard measures: each figure against a case in which it is known."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -340,6 +341,28 @@ def test_texts_add_up_and_places_are_told(figures):
     assert [bool(sum(row)) for row in card["heads_direct"]] == [False, True, True, False]
 
 
+def test_what_moved_is_the_mean_over_tokens_not_over_texts(figures, subject):
+    change = Change("narrow", NARROW, (1, 2), (0,))
+    each = []
+    for name in subject.texts:
+        alone = dataclasses.replace(subject, texts={name: subject.texts[name]})
+        each.append(scorecard(alone, [change], Extent(context=20, rounds=0, new_tokens=0))["changes"][0])
+    for key in ("layers_changed", "heads_changed", "heads_direct"):
+        one, two = (torch.tensor(card[key]) for card in each)
+        together = torch.tensor(figures["changes"][2][key])
+        assert not torch.allclose(one, two)
+        torch.testing.assert_close(together, (60 * one + 30 * two) / 90)
+
+
+def test_the_contract_is_tried_in_a_layer_that_is_changed(subject):
+    def for_later_layers(q, k, v, context):
+        assert context.layer >= 2
+        return sdpa(q, k, v, context)
+
+    figures = scorecard(subject, [Change("later", for_later_layers, (3, 2))], EXTENT)
+    assert figures["changes"][0]["passed"]
+
+
 @pytest.mark.usefixtures("no_grad")
 def test_perplexity_and_kl_are_those_of_the_two_models(figures, subject):
     model, ids = subject.model, subject.texts["one"]
@@ -370,7 +393,9 @@ def test_the_continuation_is_cut_where_it_parts(subject):
     assert mine["ids"][place] != own["ids"][place]
     decode = subject.tokenizer.decode
     prompt = subject.prompts["a cat"]
-    assert mine["same"] + mine["rest"] == decode([*prompt, *mine["ids"]])[len(decode(prompt)) :]
+    start = len(decode(prompt))
+    assert mine["same"] == decode([*prompt, *mine["ids"][:place]])[start:].rstrip("\ufffd")
+    assert mine["same"] + mine["rest"] == decode([*prompt, *mine["ids"]])[start:]
 
 
 def test_logits_that_are_not_finite_are_refused_by_name(subject):
