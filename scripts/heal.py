@@ -119,10 +119,10 @@ def train(
         with step_progress(args.steps, done) as step:
             for healed in heal(model, change, ids, settings, args.steps, start):
                 step(f"loss {healed.losses[-1]:.3f}")
-                if stopped or len(healed.losses) % args.save_every == 0:
-                    save_healed(args.out, healed)
                 if stopped:
                     break
+                if len(healed.losses) % args.save_every == 0:
+                    save_healed(args.out, healed)
     finally:
         signal.signal(signal.SIGINT, before)
     if healed is not None and len(healed.losses) > done:
@@ -157,15 +157,15 @@ def measure(
 
 def told(figures: dict[str, Any]) -> str:
     """The figures in three lines."""
-    from tinyllama.lab.tables import change
+    from tinyllama.lab.tables import change, grouped
 
     lines = [f"perplexity of {figures['held_out']} held-out tokens, beside the unchanged model:"]
-    lines.append(f"  unchanged  {figures['changed']['before']:.4g}")
-    lines.append(f"  changed    {figures['changed']['after']:.4g}, {change(figures['changed'])}")
+    lines.append(f"  unchanged  {grouped(figures['changed']['before'])}")
+    lines.append(f"  changed    {grouped(figures['changed']['after'])}, {change(figures['changed'])}")
     if "healed" in figures:
         steps = len(figures["losses"])
         lines.append(
-            f"  healed     {figures['healed']['after']:.4g}, {change(figures['healed'])}, {steps} steps"
+            f"  healed     {grouped(figures['healed']['after'])}, {change(figures['healed'])}, {steps} steps"
         )
     return "\n".join(lines)
 

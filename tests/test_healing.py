@@ -44,6 +44,14 @@ def test_only_the_changed_layers_are_trained_and_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_meanwhile_nothing_else_is_recorded():
+    # Gradients of the other layers would be computed for nothing.
+    model = tiny_model()
+    for result in heal(model, CHANGE, TEXT, SETTINGS, 1):
+        recorded = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert recorded == set(result.weights)
+
+
 def test_a_loop_that_is_left_early_leaves_the_model_as_it_was():
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -172,7 +172,7 @@ def test_healing_shows_three_perplexities_and_keeps_the_layers(run, tmp_path):
     assert status == 0
     lines = out.splitlines()
     assert lines[0].endswith("held-out tokens, beside the unchanged model:")
-    unchanged, changed, healed = (float(line.split()[1].rstrip(",")) for line in lines[1:])
+    unchanged, changed, healed = (float(line.split()[1].rstrip(",").replace(",", "")) for line in lines[1:])
     assert [line.split()[0] for line in lines[1:]] == ["unchanged", "changed", "healed"]
     assert healed < min(unchanged, changed)  # a text of one sentence is soon learnt
     assert lines[3].endswith("40 steps")

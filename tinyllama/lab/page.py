@@ -10,7 +10,7 @@ from typing import Any
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.maps import LEFT, STEPS, TOP, Drawing, head_map, layer_bars, moved
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS
-from tinyllama.lab.tables import percent, ranges, shortened, times
+from tinyllama.lab.tables import grouped, percent, ranges, shortened, times
 from tinyllama.pages import render
 
 Figures = dict[str, Any]
@@ -25,8 +25,8 @@ NOTHING = {
     "gpu": "none",
 }
 FORMATS: dict[str, Callable[[Any], str]] = {
-    "before": "{:#.4g}".format,
-    "after": "{:#.4g}".format,
+    "before": grouped,
+    "after": grouped,
     "ratio": percent,
     "low": percent,
     "high": percent,

@@ -82,7 +82,7 @@ def _show_card(console: Console, figures: Figures, card: Figures) -> None:
 def prediction(figures: Figures) -> str:
     """How a text is predicted, on one line."""
     return (
-        f"perplexity {figures['before']:.4g} → {figures['after']:.4g}, {change(figures)}; "
+        f"perplexity {grouped(figures['before'])} → {grouped(figures['after'])}, {change(figures)}; "
         f"KL {figures['kl_mean']:.1e}, top-1 {figures['top1']:.1%}"
     )
 
@@ -154,9 +154,16 @@ def change(figures: Figures) -> str:
 def percent(ratio: float) -> str:
     """A ratio as a change: +3.1%, +112%, or ×40 where percents say nothing."""
     if ratio >= 10:
-        return f"×{ratio:.3g}"
+        return f"×{grouped(ratio, 3)}"
     change = round(ratio - 1, 3) + 0.0  # no -0.0%
     return f"{change:+.1%}" if ratio < 2 else f"{change:+.0%}"
+
+
+def grouped(value: float, digits: int = 4) -> str:
+    """A perplexity or a ratio: 11.28, 15,810, and 2.1e+07 where no digit is worth it."""
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:#.{digits}g}" if value < 10 ** (digits - 1) else f"{value:,.0f}"
 
 
 def times(ratio: float | None) -> str:
