@@ -16,7 +16,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.parity.measure import CEILING
 from tinyllama.rope import RotaryEmbedding
 
-# Rows and tokens. The last is longer than any window that one tries.
+# Rows and tokens. The last is longer than the windows of the variants, so that these act.
 SIZES = [(1, 1), (1, 2), (1, 3), (2, 3), (1, 5), (2, 8), (1, 17), (1, 40), (1, 300)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of the output's RMS: a missing term of a gradient changes it by tens of percent, float32 by a thousandth.
@@ -26,7 +26,16 @@ STEP = 1e-4
 
 @dataclass(frozen=True)
 class Trial:
-    """A kernel and the shape in which it is tried."""
+    """A kernel and the shape in which it is tried, on the CPU.
+
+    Attributes:
+        kernel: what is in question.
+        H: query heads.
+        K: KV heads.
+        D: numbers in a head.
+        layer: the one that the kernel is told it is in.
+        tried: the number of tokens of every draw so far, to say in which one a kernel failed.
+    """
 
     kernel: Kernel
     H: int

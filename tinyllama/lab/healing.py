@@ -168,7 +168,9 @@ def _moments(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter]) -> 
 def _restore(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter], start: Healed) -> None:
     for name, parameter in weights.items():
         if f"{name}.{MOMENTS[0]}" in start.moments:  # else it has never had a gradient
-            moments = {moment: start.moments[f"{name}.{moment}"].clone() for moment in MOMENTS}
+            moments = {
+                moment: start.moments[f"{name}.{moment}"].to(parameter.data).clone() for moment in MOMENTS
+            }
             optimizer.state[parameter] = {"step": torch.tensor(float(len(start.losses))), **moments}
 
 
