@@ -45,7 +45,8 @@ def _show_broken(console: Console, card: Figures) -> None:
 
 def _summary(figures: Figures, cards: list[Figures]) -> Table:
     table = Table(header_style="underline", box=None, padding=(0, 1, 0, 0))
-    table.add_column("kernel", no_wrap=True)
+    # The one column that may fold: a figure that is cut short is none.
+    table.add_column("kernel", overflow="fold", min_width=12)
     for head in ("perplexity (95%)", "KL", "top-1", "prefill", "decode", "keys"):
         table.add_column(head, justify="right", no_wrap=True)
     for card in cards:
