@@ -352,6 +352,12 @@ def test_what_moved_is_the_mean_over_tokens_not_over_texts(figures, subject):
         together = torch.tensor(figures["changes"][2][key])
         assert not torch.allclose(one, two)
         torch.testing.assert_close(together, (60 * one + 30 * two) / 90)
+    _, before = observe(subject.model, subject.texts["one"])
+    with change.applied(subject.model):
+        _, values = observe(subject.model, subject.texts["one"])
+    layers, heads = total_changes(values, before)
+    assert each[0]["layers_changed"] == pytest.approx(layers.tolist(), rel=1e-5)
+    torch.testing.assert_close(torch.tensor(each[0]["heads_changed"]), heads)
 
 
 def test_the_contract_is_tried_in_a_layer_that_is_changed(subject):
