@@ -70,9 +70,33 @@ def test_a_kernels_own_weights_are_trained_too():
         def forward(self, q, k, v, context):
             return self.factor * sdpa(q, k, v, context)
 
+    name = "layers.1.self_attn.kernel.factor"
     result = healed(2, change=Change("scaled", Scaled(), (1,)))
-    assert "layers.1.self_attn.kernel.factor" in result.weights
-    assert result.weights["layers.1.self_attn.kernel.factor"] != 1
+    factor = result.weights[name].clone()
+    assert factor != 1
+    # They come back with the others: to be measured, and to go on from.
+    model, kernel = tiny_model(), Scaled()
+    with Change("scaled", kernel, (1,), None, result.weights).applied(model):
+        assert kernel.factor == factor
+    assert kernel.factor == 1
+    assert name not in model.state_dict()
+    more = healed(4, model, start=result, change=Change("scaled", Scaled(), (1,)))
+    assert more.losses == healed(4, change=Change("scaled", Scaled(), (1,))).losses
+
+
+def test_weights_of_another_model_are_refused():
+    result = healed(1)
+    for other in (tiny_model(num_hidden_layers=2), tiny_model(intermediate_size=64)):
+        before = [attention.kernel for attention in other.attentions]
+        change = Change(KERNEL, CHANGE.kernel, (1,), None, result.weights)
+        with (
+            pytest.raises(InputError, match="use the one that the weights were trained in"),
+            change.applied(other),
+        ):
+            pytest.fail("entered")
+        with pytest.raises(InputError, match="use the one that the weights were trained in"):
+            healed(2, other, start=result, change=Change(KERNEL, CHANGE.kernel, (1,)))
+        assert [attention.kernel for attention in other.attentions] == before
 
 
 def test_the_loss_is_that_of_the_changed_model_and_goes_down():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tinyllama.attention import Kernel
+from tinyllama.errors import InputError
 from tinyllama.model import Llama
 
 
@@ -35,14 +36,20 @@ class Change:
         """The model attends by it while the block runs; afterwards it is as before, whatever happens.
 
         Raises:
-            InputError: there is no such layer or head.
+            InputError: there is no such layer or head, or the weights are of another model.
         """
         kernels = {attention: attention.kernel for attention in model.attentions}
-        parameters = dict(model.named_parameters())
-        before = {name: parameters[name].data for name in self.weights}
         model.set_attention(self.kernel, self.layers, self.heads)
+        parameters = dict(model.named_parameters())  # the kernel's own among them
+        before: dict[str, Tensor] = {}
         try:
             for name, weight in self.weights.items():
+                if name not in parameters or parameters[name].shape != weight.shape:
+                    raise InputError(
+                        f"{self.name}: expected a model with {name} of shape {list(weight.shape)}; "
+                        "use the one that the weights were trained in"
+                    )
+                before[name] = parameters[name].data
                 parameters[name].data = weight.to(before[name])
             yield
         finally:

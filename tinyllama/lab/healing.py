@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def heal(
         start: where an earlier one stood.
 
     Raises:
-        InputError: the text is shorter than one window.
+        InputError: the text is shorter than one window, or `start` is of another model.
     """
     if len(ids) <= settings.length:
         raise InputError(
@@ -98,15 +98,15 @@ def heal(
             "give a longer text or a smaller --length"
         )
     text = torch.tensor(list(ids))
-    with change.applied(model):
+    with replace(change, weights=start.weights if start else {}).applied(model):
         weights = trained(model, change)
         own = {name: parameter.data for name, parameter in weights.items()}
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             for parameter in flags:
                 parameter.requires_grad_(False)
-            for name, parameter in weights.items():
-                parameter.data = (start.weights[name] if start else parameter.data).to(parameter.data).clone()
+            for parameter in weights.values():
+                parameter.data = parameter.data.clone()
                 parameter.requires_grad_(True)
             optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr)
             losses = list(start.losses) if start else []
