@@ -31,6 +31,7 @@ class Visibility:
         query_positions: (B, T); -1 for padding.
         key_positions: (B or 1, S).
         causal: the mask is a plain lower triangle (T = S, no padding), so a kernel may leave it out.
+        full: the mask is True everywhere (a decode step of full rows), so a kernel may leave it out.
         rotary: cos and sin by which RoPE has turned queries and keys, for any positions; see `rotate`.
     """
 
@@ -38,17 +39,20 @@ class Visibility:
     query_positions: Tensor
     key_positions: Tensor
     causal: bool
+    full: bool
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> Visibility:
+    def of(
+        positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding, full: bool = False
+    ) -> Visibility:
         """A query sees the keys at its own position and before; nothing sees padding (position -1)."""
         mask = (keys[:, None, :] <= positions[:, :, None]) & (keys >= 0)[:, None, :]
-        return Visibility(mask[:, None], positions, keys, causal, rotary)
+        return Visibility(mask[:, None], positions, keys, causal, full, rotary)
 
     def where(self, also: Tensor) -> Visibility:
         """Only the keys that `also` allows too: booleans that broadcast to (B, 1, T, S)."""
-        return replace(self, mask=self.mask & also, causal=False)
+        return replace(self, mask=self.mask & also, causal=False, full=False)
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     # decoded 3 to 20 times slower on a CPU.
     B, H, T, D = q.shape
     K = k.shape[1]
-    # A view when decoding, where T = 1.
-    mask = context.visible.mask[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(2, 3)  # (B, 1, G*T, S)
+    mask = None
+    if not context.visible.full:
+        # A view when decoding, where T = 1.
+        mask = context.visible.mask[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(2, 3)  # (B, 1, G*T, S)
     z = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=context.scale)
     return z.reshape(B, H, T, D)
 

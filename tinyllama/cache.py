@@ -22,6 +22,7 @@ class KVCache:
         keys: (L, B, K, capacity + 1, D).
         values: (L, B, K, capacity + 1, D).
         visible: how many slots attention reads (S).
+        length: in a view by `upto`, how long the rows are, new tokens included; otherwise None.
 
     Raises:
         InputError: the device has not enough memory free.
@@ -43,6 +44,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
         self.visible = capacity
+        self.length: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -57,8 +59,12 @@ class KVCache:
     def upto(self, length: int) -> KVCache:
         """The same memory, of which attention reads the first `length` slots only."""
         view = copy(self)
-        view.visible = length
+        view.visible = view.length = length
         return view
+
+    def start(self, T: int) -> int:
+        """The position of the first of T new tokens that come without positions."""
+        return 0 if self.length is None else self.length - T
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values, and return all that are visible.

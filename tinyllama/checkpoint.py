@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
 from tinyllama.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
+from tinyllama.linear import Linear
 from tinyllama.model import Llama
+from tinyllama.storage import Storage
 from tinyllama.tensor_file import StoredTensor, read_header
 from tinyllama.terminal import byte_progress
 
@@ -30,6 +32,8 @@ SHARD = re.compile(r"[\w.-]+\.safetensors")
 # Some exporters store RoPE's table, which follows from the config.
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 
+HEAD = "lm_head.weight"
+
 
 def load_model(
     folder: str | Path,
@@ -37,45 +41,67 @@ def load_model(
     device: str | torch.device,
     dtype: str | torch.dtype,
     attention: str = "sdpa",
+    weights: str = "exact",
 ) -> Llama:
     """Load a checkpoint folder.
 
-    Peak memory is one copy of the weights in `dtype` and one tensor as stored. On the CPU, weights that are
-    stored in `dtype` are the file's own pages, mapped: replace such a file by renaming another over it, for
-    one that is cut short under a running model kills the process (SIGBUS).
+    Peak memory is one copy of the weights and one tensor as stored. On the CPU, weights that stay as they are
+    stored are the file's own pages, mapped: replace such a file by renaming another over it, for one that is
+    cut short under a running model kills the process (SIGBUS).
 
     Args:
         folder: holds config.json and model.safetensors, or an index and its shards.
         device: "cpu", "cuda", "cuda:1"...
-        dtype: of the weights and activations: float32, bfloat16, float16 or float64.
+        dtype: of the activations, and of "exact" weights: float32, bfloat16, float16 or float64.
         attention: "eager" or "sdpa".
+        weights: how matrices are kept. "exact": in `dtype`, and every bit is that of transformers. For speed,
+            without gradients, equal but for rounding: "stored", as in the file where that is narrower than
+            `dtype`; "float32", "bfloat16" or "float16"; "int8", with a scale for every 64. See `storage`.
 
     Raises:
         InputError: the folder, the config or the weights cannot be used; the message says why.
     """
     folder, device, dtype = Path(folder), usable_device(device), floating_dtype(dtype)
-    chosen = kernel(attention)
+    chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
     config = LlamaConfig.from_folder(folder)
     stored = find_tensors(folder)
     _check_layers(config, stored, folder)
-    check_memory("the model", sum(config.parameters.values()) * dtype.itemsize, device)
+    widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
+    check_memory("the model", int(sum(config.parameters.values()) * storage.itemsize(widest)), device)
     with torch.device("meta"), _Unfilled():
         model = Llama(config)
     _check_tensors(model, stored, folder)
 
     with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
-        state = _read(stored, device, dtype, advance)
+        state = {}
+        matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+        for name, values in _read(stored, device, storage):
+            state[name] = values
+            if storage.kind != "exact" and name in matrices - {HEAD}:
+                _keep(model, state, name, storage)
+            advance(stored[name].end - stored[name].start)
     if config.tie_word_embeddings:
-        head = state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+        head = state.setdefault(HEAD, state["embed_tokens.weight"])
         if not torch.equal(head, state["embed_tokens.weight"]):
             raise InputError(
                 f"{folder}: config.json ties lm_head.weight to embed_tokens.weight, but the weights hold two "
                 "different ones; set tie_word_embeddings to false"
             )
+    if storage.kind != "exact":
+        _keep(model, state, HEAD, storage)
+        model.requires_grad_(False)
     model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
+    if storage.kind != "int8":  # rounded, the head is a matrix of its own
+        model.tie_weights()
     model.set_attention(chosen)
     return model.to(device).eval()
+
+
+def _keep(model: Llama, state: dict[str, Tensor], name: str, storage: Storage) -> None:
+    """Put the layer that keeps such a matrix into the model, and what it keeps into the state."""
+    path, layer = name.removesuffix(".weight"), storage.linear(state.pop(name))
+    model.set_submodule(path, layer)
+    state.update({f"{path}.{key}": tensor for key, tensor in layer.state_dict().items()})
 
 
 class _Unfilled(TorchFunctionMode):
@@ -166,7 +192,7 @@ def _check_layers(config: LlamaConfig, stored: dict[str, StoredTensor], folder: 
 
 def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    optional = {HEAD} if model.config.tie_word_embeddings else set()
     missing = sorted(expected.keys() - stored.keys() - optional)
     extra = sorted(stored.keys() - expected.keys())
     if missing or extra:
@@ -183,16 +209,16 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
 
 
 def _read(
-    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, advance: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """Every tensor on the device in that dtype, found finite."""
-    state: dict[str, Tensor] = {}
+    stored: dict[str, StoredTensor], device: torch.device, storage: Storage
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor on the device as it is to be kept, found finite."""
     files: dict[Path, Any] = {}
     for name, tensor in stored.items():
+        dtype = storage.dtype_of(tensor.shape, tensor.dtype)
         try:
             # A file's pages that were read count as ours until it is closed. Where they are the weights, one
             # opening serves all; where they are converted, they must go before the next tensor comes.
-            if tensor.path not in files or tensor.dtype != dtype:
+            if tensor.path not in files or tensor.dtype != dtype or storage.kind == "int8":
                 files = {tensor.path: safe_open(tensor.path, framework="pt")}
             values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -203,6 +229,4 @@ def _read(
             raise InputError(
                 f"{tensor.path}: {tensor.key} holds NaN or Inf as {dtype}; {AGAIN}, or use float32"
             )
-        state[name] = values
-        advance(tensor.end - tensor.start)
-    return state
+        yield name, values

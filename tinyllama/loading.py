@@ -18,6 +18,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     attention: str = "sdpa",
+    weights: str = "exact",
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -26,6 +27,7 @@ def load(
         device: see `load_model`.
         dtype: see `load_model`.
         attention: see `load_model`.
+        weights: see `load_model`.
 
     Raises:
         InputError: the model cannot be had or used; the message says why and what to do.
@@ -38,4 +40,5 @@ def load(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
             "put the model's own tokenizer there"
         )
-    return load_model(folder, device=device, dtype=dtype, attention=attention), tokenizer
+    model = load_model(folder, device=device, dtype=dtype, attention=attention, weights=weights)
+    return model, tokenizer

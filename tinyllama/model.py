@@ -91,7 +91,8 @@ class Llama(nn.Module):
             ids: (B, T) token ids.
             cache: holds the keys and values of earlier positions and takes the new ones, in place. None: the
                 T tokens are the whole text, and the pass is differentiable.
-            positions: (B, T), each token's position in its row; -1 marks padding. None: 0 to T - 1.
+            positions: (B, T), each token's position in its row; -1 marks padding. None: 0 to T - 1, or with a
+                cache's view `upto` a length, the last T before that length.
 
         Returns:
             (B, T, V) logits.
@@ -106,22 +107,28 @@ class Llama(nn.Module):
         Generation needs the logits of the last position alone, and V is large.
         """
         T = ids.shape[1]
-        # Then the mask is a lower triangle, which fused kernels can do without a mask.
-        causal = positions is None and (cache is None or cache.visible == T)
+        start = 0 if cache is None else cache.start(T)
+        S = T if cache is None else cache.visible
+        # Without positions the mask may be a plain triangle, or nothing: fused kernels do without one.
+        causal, full = positions is None and S == T, positions is None and T == 1 and start + 1 == S
         if positions is None:
-            positions = torch.arange(T, device=ids.device).expand_as(ids)
-        x = self.embed_tokens(ids)  # (B, T, C)
+            positions = torch.arange(start, start + T, device=ids.device).expand_as(ids)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         rotation = self.rotary(positions, x.dtype)
         keys = positions if cache is None else cache.positions
-        visible = Visibility.of(positions, keys, causal, self.rotary)
+        visible = Visibility.of(positions, keys, causal, self.rotary, full)
         for block in self.layers:
             x = block(x, rotation, visible, cache)
         return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""
-        weight = self.embed_tokens.weight
-        return KVCache(self.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=self.embed_tokens.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations; matrices may be stored in fewer bits."""
+        return self.get_parameter("layers.0.input_layernorm.weight").dtype
 
     @property
     def attentions(self) -> list[Attention]:

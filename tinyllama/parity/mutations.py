@@ -161,10 +161,12 @@ def _scale_by_hidden_size(model: Llama) -> Iterator[None]:
 
 
 def _leaking_mask(model: Llama) -> AbstractContextManager[Any]:
-    def leaking(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> Visibility:
-        visible = original(positions, keys, causal, rotary)
+    def leaking(
+        positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding, full: bool
+    ) -> Visibility:
+        visible = original(positions, keys, causal, rotary, full)
         ahead = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None] + 1
-        return dataclasses.replace(visible, mask=ahead, causal=False)
+        return dataclasses.replace(visible, mask=ahead, causal=False, full=False)
 
     original = Visibility.of
     return patch.object(Visibility, "of", staticmethod(leaking))

@@ -1,0 +1,219 @@
+"""Layers that keep their weights in 16 or 8 bits, and the compiled products under them, against float64."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyllama import fast_linear, native
+from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear, matmul, quantise
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+compiled = pytest.mark.skipif(not native.available(), reason="needs gcc")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(rows: int, cols: int, dtype: str, seed: int = 0) -> FastLinear:
+    weight = random(rows, cols, seed=seed)
+    return Int8Linear(*quantise(weight)) if dtype == "int8" else FastLinear(weight.to(getattr(torch, dtype)))
+
+
+def wide(linear: FastLinear) -> Tensor:
+    """The weights that it stands for, exactly."""
+    return linear.widened(slice(None), torch.float64)
+
+
+def assert_is_the_product(y: Tensor, weight: Tensor, x: Tensor) -> None:
+    """Within what float32 sums can differ from exact ones: half a unit for each operation on each term."""
+    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    bound = terms * (weight.shape[1] + 2) * 2.0**-24 + 1e-30
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 40),
+    st.sampled_from([64, 128, 192, 576, 960, 1024, 1088, 2112]),
+    st.integers(1, MOST_VECTORS + 1),
+)
+def test_it_is_the_linear_function(dtype: str, rows: int, cols: int, n: int):
+    linear, x = layer(rows, cols, dtype), random(n, cols, seed=1)
+    assert_is_the_product(linear(x), wide(linear), x)
+
+
+@compiled
+@pytest.mark.parametrize("flags", [("-O3",), ("-O3", "-mavx2", "-mfma", "-mf16c"), ("-O1", "-march=native")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind_of_processor_gets_the_same_product(dtype: str, flags: tuple[str, ...], monkeypatch):
+    # The source has code for AVX-512, for AVX2, and for any other machine.
+    if "-mavx2" in flags and "avx2" not in native.CPUINFO.read_text():
+        pytest.skip("this machine has no AVX2")
+    monkeypatch.setattr(native, "FLAGS", (*flags, "-fPIC", "-fopenmp"))
+    native._product.cache_clear()
+    try:
+        linear, x = layer(37, 1088, dtype), random(5, 1088, seed=1)
+        assert_is_the_product(linear(x), wide(linear), x)
+    finally:
+        native._product.cache_clear()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_has_the_same_bits_alone_among_others_and_on_any_number_of_threads(dtype: str):
+    # So that a row alone is the row in a batch, and a checked guess the id that it would have been.
+    linear, x = layer(100, 1088, dtype), random(MOST_VECTORS, 1088, seed=1)
+    alone = torch.cat([linear(one[None]) for one in x])
+    for n in range(2, MOST_VECTORS + 1):
+        assert torch.equal(linear(x[:n]), alone[:n]), n
+    torch.set_num_threads(2)
+    assert torch.equal(linear(x[:1]), alone[:1])
+    assert torch.equal(linear(x), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 40), (0, 1)])
+def test_activations_keep_their_dtype_and_shape(shape: tuple[int, ...], activations: torch.dtype, dtype: str):
+    linear, x = layer(48, 128, dtype), random(*shape, 128, seed=1).to(activations)
+    y = linear(x)
+    assert y.shape == (*shape, 48)
+    assert y.dtype == activations
+    exact = x.double() @ wide(linear).T
+    # The criteria's ceilings for the compute dtype, on relRMS; 8 bits widened to 16 are rounded once more.
+    ceiling = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+    assert (y.double() - exact).norm() <= ceiling[activations] * exact.norm()
+
+
+def test_rows_of_any_length_work():
+    # What is not a multiple of 64 goes through PyTorch.
+    linear, x = FastLinear(random(48, 96).bfloat16()), random(1, 96, seed=1)
+    assert_is_the_product(linear(x), wide(linear), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, MOST_VECTORS + 1])
+def test_gradients_reach_the_input(dtype: str, n: int):
+    # Captured values can have gradients in a fast model, too; its weights cannot.
+    linear, x = layer(48, 128, dtype), random(n, 128, seed=1).requires_grad_()
+    linear(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, wide(linear).sum(0).float().expand(n, -1), atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 4), st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_8_bits_are_off_by_half_a_step_at_most(rows: int, groups: int, scale: float, seed: int):
+    weight = random(rows, 64 * groups, seed=seed) * scale
+    weight[0, :64] = 0  # a group without any scale
+    values, scales = quantise(weight)
+    assert values.dtype == torch.int8
+    assert scales.shape == (rows, groups)
+    assert values.abs().max() <= 127
+    back = Int8Linear(values, scales).widened(slice(None), torch.float64)
+    steps = scales.double().repeat_interleave(64, dim=1)
+    # A scale that bfloat16 rounded down clips its group's largest: by 127 / 256 of a step at most.
+    assert ((back - weight.double()).abs() <= steps * 0.5001).all()
+    assert (back[0, :64] == 0).all()
+
+
+def test_the_group_s_largest_weight_sets_its_scale_and_no_other_s():
+    weight = random(4, 192)
+    louder = weight.clone()
+    louder[2, 70] = 100.0
+    (values, scales), (other_values, other_scales) = quantise(weight), quantise(louder)
+    changed = torch.zeros(4, 3, dtype=torch.bool)
+    changed[2, 1] = True
+    assert torch.equal(scales != other_scales, changed)
+    assert torch.equal((values != other_values).unflatten(1, (3, 64)).any(-1), changed)
+
+
+@pytest.mark.parametrize("n", [1, 33, 200])
+def test_the_matrix_product_does_not_depend_on_the_library(n: int, monkeypatch):
+    x, weight = random(n, 576, seed=1), random(100, 576)
+    assert_is_the_product(matmul(x, weight), weight.double(), x)
+    # The operator is not part of PyTorch's promised interface: without it, F.linear.
+    monkeypatch.setattr(fast_linear, "ONEDNN", "no_such_operator")
+    assert torch.equal(matmul(x, weight), F.linear(x, weight))
+
+
+@pytest.fixture
+def unbuilt(monkeypatch, tmp_path):
+    """No product was ever built here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (native.available, native._product):
+        function.cache_clear()
+    yield tmp_path
+    for function in (native.available, native._product):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("none", "no C compiler was found"), ("broken", "error"), ("hangs", "timed out")]
+)
+def test_without_a_compiler_pytorch_s_products_serve_and_that_is_said_once(
+    unbuilt, what: str, reason: str, monkeypatch
+):
+    def run(command: list[str], **_: object) -> None:
+        if what == "hangs":
+            raise subprocess.TimeoutExpired(command, 60)
+        raise subprocess.CalledProcessError(1, command, stderr="matvec.c:1: error: what is this\nmore\n")
+
+    monkeypatch.setattr(native.subprocess, "run", run)
+    if what == "none":
+        monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    linear, x = layer(48, 128, "int8"), random(1, 128, seed=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert_is_the_product(linear(x), wide(linear), x)
+    (warning,) = said
+    assert reason in str(warning.message)
+    assert "\n" not in str(warning.message)
+
+
+@compiled
+def test_it_is_built_once_and_a_broken_build_leaves_nothing(unbuilt, monkeypatch):
+    calls = []
+    right = subprocess.run
+
+    def run(command: list[str], **how: object) -> object:
+        calls.append(command)
+        return right(command, **how)
+
+    monkeypatch.setattr(native.subprocess, "run", run)
+    assert native.available()
+    built = sorted((unbuilt / "tinyllama").iterdir())
+    assert len(built) == len(native.DTYPES)
+    assert all(file.name.startswith("matvec-") and file.suffix == ".so" for file in built)
+    calls.clear()
+    native.available.cache_clear()
+    native._product.cache_clear()
+    assert native.available()
+    assert not calls
+
+
+@compiled
+def test_an_unlike_machine_gets_a_build_of_its_own(unbuilt, monkeypatch):
+    # A home folder may be shared: code for the one processor would kill the process on the other.
+    names = []
+    for flags in ("flags: avx2", "flags: avx2 avx512f", "flags: avx2"):
+        cpuinfo = unbuilt / "cpuinfo"
+        cpuinfo.write_text(flags)
+        monkeypatch.setattr(native, "CPUINFO", cpuinfo)
+        names.append(native._built("gcc", "INT8").name)
+    assert [a == b for a, b in pairwise(names)] == [False, False]
+    assert names[0] == names[2]

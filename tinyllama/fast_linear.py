@@ -1,0 +1,113 @@
+"""Linear layers for speed: weights stay in the 16 or 8 bits they have in memory until they are used.
+
+Decoding is limited by reading the weights from memory, so half the bytes is twice the speed. Activations keep
+their own dtype: in float32 the result is that of float32 weights but for the order of additions, for a 16-bit
+number is a float32 number, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyllama import native
+from tinyllama.native import GROUP
+
+# Up to so many vectors at once go through matvec.c: there its cost is that of reading the weights, later that
+# of widening them, and PyTorch's matrix-matrix product overtakes it.
+MOST_VECTORS = 32
+# PyTorch's own way to oneDNN's linear function.
+ONEDNN = "_linear_pointwise"
+# Rows of W that are widened at once for a matrix-matrix product: few enough to stay in the cache.
+ROWS = 512
+
+
+class FastLinear(nn.Module):
+    """y = W x, W in the floating dtype it is given in, y in the dtype of x."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        vectors = x.reshape(-1, self.in_features)
+        y = self._matvec(vectors) if self._few(vectors) else self._matmul(vectors)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether matvec.c can and should do it."""
+        return (
+            len(x) <= MOST_VECTORS
+            and x.device.type == "cpu"
+            and x.dtype != torch.float64
+            and self.in_features % GROUP == 0
+            and not x.requires_grad  # compiled code has no backward pass
+            and native.available()
+        )
+
+    def _matvec(self, x: Tensor) -> Tensor:
+        return native.matvec(self.weight, self.scales, x.float().contiguous()).to(x.dtype)
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == x.dtype:
+            return matmul(x, self.weight)
+        parts = range(0, self.out_features, ROWS)
+        return torch.cat([matmul(x, self.widened(slice(at, at + ROWS), x.dtype)) for at in parts], dim=1)
+
+    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of W in a floating dtype."""
+        return self.weight[rows].to(dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and dtype, for print(model)."""
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        return f"in_features={self.in_features}, out_features={self.out_features}, weights={dtype}"
+
+
+class Int8Linear(FastLinear):
+    """y = W x with weights of 8 bits and one scale for 64 of a row: 8.25 bits a weight.
+
+    W[r, c] is weight[r, c] * scales[r, c // 64]. Weights alone are rounded, never x.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor) -> None:
+        super().__init__(weight)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of W in a floating dtype."""
+        assert self.scales is not None
+        groups = self.weight[rows].to(dtype).unflatten(1, (-1, GROUP))
+        return (groups * self.scales[rows, :, None].to(dtype)).flatten(1)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to 8 bits: the largest of each 64 weights becomes 127 or -127, zero stays zero.
+
+    Args:
+        weight: (rows, cols), cols a multiple of 64.
+
+    Returns:
+        int8 weights (rows, cols) and bfloat16 scales (rows, cols / 64); see `Int8Linear`.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    # Rounded before it is used, so that rounding it costs nothing but a little of the range.
+    scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    steps = groups / scales.float().masked_fill(scales == 0, 1)
+    return steps.round().clamp(-127, 127).to(torch.int8).flatten(1), scales.squeeze(-1)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """(n, in) times (out, in) -> (n, out).
+
+    PyTorch gives float32 to MKL; oneDNN, which it also carries, was 2.4 times as fast on an AMD EPYC. The way
+    to it is not part of PyTorch's promised interface, and may be gone some day.
+    """
+    onednn = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and not x.requires_grad and hasattr(torch.ops.mkldnn, ONEDNN):
+        return getattr(torch.ops.mkldnn, ONEDNN)(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
