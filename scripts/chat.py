@@ -46,7 +46,7 @@ def main() -> int:
     args = parse()
     warnings.showwarning = options.note_warning
     settings = options.sampling(args)
-    model, tokenizer = options.load(args)
+    model, tokenizer = options.load(args, args.weights)
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 
@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strict-chat", action="store_true", help="refuse role markers in a message")
     options.add_sampling_options(parser)
     options.add_model_options(parser)
+    options.add_weights_option(parser)
     return parser.parse_args()
 
 
@@ -219,6 +220,8 @@ def show_stats(conversation: Conversation, context: int) -> None:
     terminal.note(f"prompt   {turn.prompt} tokens, {turn.cached} of them in the cache already")
     terminal.note(f"prefill  {computed} tokens, {options.rate(computed, sum(turn.seconds[:1]))}")
     terminal.note(f"reply    {turn.new} tokens, {options.rate(turn.new - 1, sum(turn.seconds[1:]))}")
+    if turn.speculation:
+        terminal.note(f"guesses  {turn.speculation}")
     terminal.note(f"ended by {turn.reason or 'Ctrl-C'}")
     terminal.note(f"context  {turn.prompt + turn.new} of {context} tokens")
 

@@ -29,13 +29,13 @@ def main() -> int:
     """Print the prompt and its continuation, or under --chat the reply alone."""
     args = parse()
     warnings.showwarning = options.note_warning
-    settings = options.sampling(args)
+    settings = options.sampling(args) | {"compiled": args.compile}
     if settings["temperature"] and settings["seed"] is None:
         settings["seed"] = secrets.randbits(32)  # one that --stats can show, to run it again
     prompt = options.read_prompt(args)
 
     start = time.perf_counter()
-    model, tokenizer = options.load(args)
+    model, tokenizer = options.load(args, args.weights)
     load_seconds = time.perf_counter() - start
 
     ids = prompt_ids(args, prompt, tokenizer)
@@ -61,6 +61,8 @@ def main() -> int:
         terminal.note(
             f"new      {len(reply.ids)} tokens, {options.rate(len(reply.ids) - 1, sum(tokens.seconds[1:]))}"
         )
+        if tokens.speculation:
+            terminal.note(f"guesses  {tokens.speculation}")
         terminal.note(f"memory   {peak_memory(args.device)}")
         terminal.note(f"seed     {'none: greedy' if not settings['temperature'] else settings['seed']}")
         terminal.note(f"ended by {problem or reply.reason}")
@@ -80,8 +82,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stats", action="store_true", help="print times, memory and the seed to stderr")
     options.add_sampling_options(parser)
     options.add_model_options(parser)
+    options.add_weights_option(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decode step, for long texts on a GPU; it takes about a minute first",
+    )
     args = parser.parse_args()
     options.check_prompt(parser, args)
+    if args.compile and not args.device.startswith("cuda"):
+        parser.error("--compile is for --device cuda; on a CPU --weights stored is faster, and at once")
+    if args.compile and args.speculate:
+        parser.error("--compile and --speculate do not go together: a compiled step has one token")
     if args.strict_chat and not args.chat:
         parser.error("--strict-chat needs --chat")
     return args

@@ -7,6 +7,8 @@ import torch
 
 from tests.shapes import some_ids, tiny_model
 from tinyllama.attention import KERNELS
+from tinyllama.compiled import CompiledStep
+from tinyllama.generation import generate, stream
 
 
 @pytest.mark.parametrize("attention", sorted(KERNELS))
@@ -35,10 +37,30 @@ def test_decoding_is_one_graph_without_breaks_or_recompilation(attention):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_a_compiled_pass_equals_an_eager_one():
+def test_compiled_steps_equal_eager_ones():
     # Inductor writes new code for every operation. 1e-5 is the ceiling on float32 relRMS; logits have RMS 1.
     torch._dynamo.reset()
-    model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(1, 16)
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(ids)
-        torch.testing.assert_close(compiled, model(ids), atol=1e-5, rtol=0)
+    model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(2, 6)
+    compiled_cache, cache = model.new_cache(2, 8), model.new_cache(2, 8)
+    step = CompiledStep(model, compiled_cache)
+    with torch.inference_mode():
+        for t in range(6):
+            positions = torch.tensor([[t], [t - 2]]).clamp(min=-1)
+            expected = model(ids[:, t : t + 1], cache, positions)
+            torch.testing.assert_close(step(ids[:, t : t + 1], positions), expected, atol=1e-5, rtol=0)
+
+
+def test_generation_by_compiled_steps_gives_the_same_ids(monkeypatch):
+    # With the graph taken as it is: that the compiler's code is right is the other test's business.
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda step, **how: compile(step, fullgraph=how["fullgraph"], backend="eager")
+    )
+    model, prompts = tiny_model(attention="sdpa"), [[5, 7, 11], [3], [2, 9, 4, 1, 8]]
+    for settings in ({}, {"temperature": 1.0, "seed": 3}):
+        settings |= {"max_new_tokens": 12, "eos_ids": ()}
+        assert generate(model, prompts, compiled=True, **settings) == generate(model, prompts, **settings)
+        assert list(stream(model, prompts[0], compiled=True, **settings)) == list(
+            stream(model, prompts[0], **settings)
+        )

@@ -29,10 +29,17 @@ def source():
     return embedded.find_gguf()
 
 
+@pytest.fixture(scope="module")
+def reader(source):
+    """The file's metadata; reading them takes two seconds."""
+    return gguf.GGUFReader(source)
+
+
 # --- the real file ---------------------------------------------------------------------------------------
 
 
-def test_every_tensor_equals_transformers_reading(smollm2_folder, source, monkeypatch):
+def test_every_tensor_equals_transformers_reading(smollm2_folder, source, reader, monkeypatch):
+    monkeypatch.setattr(gguf, "GGUFReader", {str(source): reader}.__getitem__)
     # transformers builds this table once per module: 397 times, half of the test's time.
     monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     config = AutoConfig.from_pretrained(smollm2_folder)  # saves a second pass over the file's metadata
@@ -77,8 +84,7 @@ WORDS = regex.compile(
 class TextbookBPE:
     """Byte-level BPE straight from the GGUF file's tokens and merges, one merge at a time."""
 
-    def __init__(self, source):
-        fields = gguf.GGUFReader(source).fields
+    def __init__(self, fields):
         tokens = fields["tokenizer.ggml.tokens"].contents()
         self.ids = {token: index for index, token in enumerate(tokens)}
         merges = fields["tokenizer.ggml.merges"].contents()
@@ -134,8 +140,8 @@ TEXTS = [
 ]
 
 
-def test_tokenizer_matches_a_textbook_bpe(smollm2_folder, source):
-    textbook = TextbookBPE(source)
+def test_tokenizer_matches_a_textbook_bpe(smollm2_folder, reader):
+    textbook = TextbookBPE(reader.fields)
     tokenizer = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(smollm2_folder)
     for text in TEXTS:

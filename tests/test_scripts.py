@@ -62,7 +62,7 @@ def run_script(monkeypatch, capfd):
 @pytest.fixture
 def preloaded(monkeypatch, loaded):
     """Scripts get the loaded model, whatever they ask for."""
-    monkeypatch.setattr(options, "load", lambda args: loaded)
+    monkeypatch.setattr(options, "load", lambda *args: loaded)
     return loaded
 
 
@@ -211,7 +211,7 @@ def test_a_stop_string_ends_the_text_before_it(run_script, preloaded):
 def test_a_full_context_stops_with_a_note(run_script, monkeypatch, loaded):
     tokenizer = loaded[1]
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=8)
-    monkeypatch.setattr(options, "load", lambda args: (model, tokenizer))
+    monkeypatch.setattr(options, "load", lambda *args: (model, tokenizer))
     status, _, err = run_script("generate", PROMPT)
     assert (status, err) == (0, "stopped: the context of 8 tokens is full\n")
     status, out, err = run_script("generate", f"{PROMPT} {PROMPT}")
@@ -259,7 +259,7 @@ def test_nan_logits_keep_the_text_so_far(run_script, preloaded):
 )
 def test_bad_input_is_one_line_and_status_2(run_script, monkeypatch, loaded, arguments, stdin, expected):
     if not {"--model", "--attention"} & set(arguments):
-        monkeypatch.setattr(options, "load", lambda args: loaded)
+        monkeypatch.setattr(options, "load", lambda *args: loaded)
     status, out, err = run_script("generate", *arguments, stdin=stdin)
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
@@ -550,7 +550,7 @@ def test_of_a_model_on_the_hub_the_config_alone_is_downloaded(run_script, monkey
 def test_greedy_repeats_sampling_differs_and_a_seed_repeats(run_script, monkeypatch, loaded):
     tokenizer = loaded[1]
     model = tiny_model(vocab_size=tokenizer.vocab_size)
-    monkeypatch.setattr(options, "load", lambda args: (model, tokenizer))
+    monkeypatch.setattr(options, "load", lambda *args: (model, tokenizer))
     arguments = ("--temperature", "2", "--top-k", "0", "--top-p", "1", "--max-new-tokens", "8")
     status, out, err = run_script("decoding", *arguments, "--json")
     assert (status, err) == (0, "")
@@ -580,7 +580,7 @@ def test_decoding_needs_a_temperature(run_script):
 def test_decoding_that_should_repeat_itself_and_does_not_is_reported(run_script, monkeypatch, loaded):
     tokenizer = loaded[1]
     model = tiny_model(vocab_size=tokenizer.vocab_size)
-    monkeypatch.setattr(options, "load", lambda args: (model, tokenizer))
+    monkeypatch.setattr(options, "load", lambda *args: (model, tokenizer))
     noise = torch.Generator().manual_seed(0)
     model.lm_head.register_forward_hook(lambda *a: torch.randn(a[2].shape, generator=noise))
     status, out, _ = run_script("decoding", "--max-new-tokens", "4")

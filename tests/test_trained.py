@@ -6,17 +6,15 @@ import pytest
 import torch
 
 import tinyllama
-from tests.test_generation import transformers_ids
 from tinyllama.parity import difference, judge, oracle_logits
-from tinyllama.parity.continuations import SETTINGS
+from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.reference import config_fields, reference_model
 from tinyllama.parity.texts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 TEXT = """A language model gives, for each place in a text, a probability for every token that may come \
-next. Training makes the tokens that did come more likely. für naïve façade: Ελλάδα, Москва, 東京, 서울 🦙🦙 \
-for i in range(10): print(f"{i:>3} {i * i:>5}")"""
+next. naïve façade: Ελλάδα, Москва, 東京 🦙 for i in range(10): print(f"{i:>3}")"""
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +41,55 @@ def test_logits_on_text_pass_the_criteria_of_the_dtype(smollm2_folder, loaded, d
             assert torch.equal(logits, reference), attention
 
 
-def test_200_greedy_ids_of_10_prompts_equal_transformers(loaded):
-    model, tokenizer = loaded
+@pytest.fixture(scope="module")
+def reference(loaded):
+    """The model of transformers over the very tensors of `loaded`."""
+    return reference_model(loaded[0], "sdpa")
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    return [loaded[1].encode(prompt) for prompt in PROMPTS]
+
+
+def test_greedy_ids_of_10_prompts_equal_transformers(loaded, reference, prompts):
+    model, _ = loaded
     model.set_attention(tinyllama.sdpa)
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    ours = tinyllama.generate(model, prompts, max_new_tokens=200, eos_ids=())
-    assert ours == transformers_ids(model, prompts, 200)
+    ours = tinyllama.generate(model, prompts, max_new_tokens=24, eos_ids=())
+    assert ours == reference_ids(reference, prompts, 24)
     # The batch is no privilege: alone, a prompt goes on the same way.
-    assert tinyllama.generate(model, prompts[:1], max_new_tokens=40, eos_ids=()) == [ours[0][:40]]
+    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=200, eos_ids=())
+    assert alone[:24] == ours[0]
+    assert alone == greedy_ids(reference, prompts[0], alone)
+
+
+def test_200_greedy_ids_of_10_prompts_by_the_fast_layers_equal_transformers(
+    smollm2_folder, reference, prompts
+):
+    model = tinyllama.load_model(smollm2_folder, device="cpu", dtype="float32", weights="stored")
+    ours = tinyllama.generate(model, prompts, max_new_tokens=200, eos_ids=())
+    for prompt, ids in zip(prompts, ours, strict=True):
+        assert ids == greedy_ids(reference, prompt, ids)
+    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=60, eos_ids=())
+    assert alone == ours[0][:60]
+
+
+def greedy_ids(reference, prompt, ids):
+    """What transformers prefers after each beginning of a text: if it is the text, that is its greedy one."""
+    return reference(torch.tensor([prompt + ids])).logits[0].argmax(dim=-1)[len(prompt) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_sampled_ids_equal_transformers_for_twenty_seeds(loaded, settings):
+def test_sampled_ids_equal_transformers_for_twenty_seeds(loaded, reference, prompts, settings):
     model, tokenizer = loaded
     model.set_attention(tinyllama.sdpa)
-    prompt = tokenizer.encode(PROMPTS[2])
+    prompt = prompts[2]
     for seed in range(20):
-        ours = tinyllama.generate(model, [prompt], max_new_tokens=6, eos_ids=(), seed=seed, **settings)
-        assert ours == transformers_ids(model, [prompt], 6, seed, **settings), seed
-    assert tokenizer.decode(ours[0])
+        # The second id is the first from the cache; what else a long text brings, one seed shows.
+        count = 2 if seed else 12
+        (ours,) = tinyllama.generate(model, [prompt], max_new_tokens=count, eos_ids=(), seed=seed, **settings)
+        assert [ours] == reference_ids(reference, [prompt], count, seed, **settings), seed
+        assert tokenizer.decode(ours)
 
 
 def test_it_answers_in_a_chat_and_stops_by_itself(loaded):

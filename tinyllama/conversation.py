@@ -11,6 +11,7 @@ from tinyllama.chat import Message
 from tinyllama.errors import InputError
 from tinyllama.generation import TextReply, stream
 from tinyllama.model import Llama
+from tinyllama.speculation import Speculation
 from tinyllama.tokenizer import Tokenizer
 
 
@@ -24,6 +25,7 @@ class Turn:
         new: tokens of the reply.
         seconds: what each of them took; the first includes the prefill.
         reason: why the reply ended, as in `TextReply`; None if it was interrupted.
+        speculation: how guessing went; None if it was off.
     """
 
     prompt: int
@@ -31,6 +33,7 @@ class Turn:
     new: int
     seconds: list[float]
     reason: str | None
+    speculation: Speculation | None
 
 
 class Conversation:
@@ -103,7 +106,9 @@ class Conversation:
                 self._cached_ids = ids + reply.ids[:-1]
             if said or reply.reason:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
-            self.last = Turn(len(ids), cached, len(reply.ids), tokens.seconds, reply.reason)
+            self.last = Turn(
+                len(ids), cached, len(reply.ids), tokens.seconds, reply.reason, tokens.speculation
+            )
         return said
 
     def _reserve(self, length: int) -> None:

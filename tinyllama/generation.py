@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tinyllama.cache import KVCache
+from tinyllama.compiled import CompiledStep
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.sampler import Sampler
+from tinyllama.speculation import Speculation
 from tinyllama.tokenizer import Tokenizer
 
 # Tokens of a prompt that go through the model at once: enough to keep the matrix units busy, few enough that
@@ -30,6 +32,8 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     eos_ids: Iterable[int] | None = None,
+    speculate: int = 0,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """Continue every prompt; greedy unless a temperature is given.
 
@@ -43,6 +47,9 @@ def generate(
         repetition_penalty: see `Sampler`.
         seed: see `Sampler`. One draw serves the whole batch, so a row's tokens depend on its companions.
         eos_ids: ids that end a text; None takes the checkpoint's, () lets every text run to its limit.
+        speculate: for one prompt: guess up to this many ids from the text so far, and check them in one pass;
+            0 is off. The ids are those without it, but for rounding: see `speculation`.
+        compiled: take decode steps by `CompiledStep`, for long texts on a GPU; not with speculation.
 
     Returns:
         For each prompt its new ids, EOS included.
@@ -53,6 +60,7 @@ def generate(
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
+    speculation = _speculation(speculate, len(prompts), compiled)
     limits = [_limit(model, prompt, max_new_tokens) for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
     open_rows = {row for row, limit in enumerate(limits) if limit > 0}
@@ -61,7 +69,7 @@ def generate(
     cache = model.new_cache(
         len(prompts), max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
     )
-    for chosen in _steps(model, prompts, sampler, cache):
+    for chosen in _steps(model, prompts, sampler, cache, speculation=speculation, compiled=compiled):
         for row in sorted(open_rows):
             rows[row].append(chosen[row])
             if chosen[row] in ends or len(rows[row]) == limits[row]:
@@ -82,6 +90,8 @@ def stream(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     eos_ids: Iterable[int] | None = None,
+    speculate: int = 0,
+    compiled: bool = False,
     cache: KVCache | None = None,
     cached: int = 0,
 ) -> TokenStream:
@@ -96,13 +106,15 @@ def stream(
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
+    speculation = _speculation(speculate, 1, compiled)
     limit = _limit(model, ids, max_new_tokens)
     cache = cache or model.new_cache(1, len(ids) + limit)
     if cache.capacity < len(ids) + limit:
         raise InputError(f"cache: expected room for {len(ids) + limit} tokens, got {cache.capacity}")
     if not 0 <= cached < len(ids):
         raise InputError(f"cached: expected 0 to {len(ids) - 1} of the prompt's ids, got {cached}")
-    return TokenStream(_steps(model, [ids], sampler, cache, cached), limit, ends)
+    steps = _steps(model, [ids], sampler, cache, cached, speculation, compiled)
+    return TokenStream(steps, limit, ends, speculation)
 
 
 class TokenStream(Iterator[int]):
@@ -110,12 +122,20 @@ class TokenStream(Iterator[int]):
 
     Attributes:
         reason: why it ended: "eos", or "length" (max_new_tokens or the context is full); None before the end.
-        seconds: what each id took; the first includes the prefill.
+        seconds: what each id took; the first includes the prefill. A pass counts for the first id it gives.
+        speculation: how guessing goes; None if it is off.
     """
 
-    def __init__(self, steps: Iterator[list[int]], limit: int, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        steps: Iterator[list[int]],
+        limit: int,
+        eos_ids: frozenset[int],
+        speculation: Speculation | None = None,
+    ) -> None:
         self.reason: str | None = None
         self.seconds: list[float] = []
+        self.speculation = speculation
         self._steps, self._left, self._eos_ids = steps, limit, eos_ids
 
     def __next__(self) -> int:
@@ -218,7 +238,13 @@ def prefill(
 
 @torch.inference_mode()
 def _steps(
-    model: Llama, prompts: Sequence[Sequence[int]], sampler: Sampler, cache: KVCache, cached: int = 0
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    cache: KVCache,
+    cached: int = 0,
+    speculation: Speculation | None = None,
+    compiled: bool = False,
 ) -> Iterator[list[int]]:
     """Each step's chosen id for every row, without end; rows that are done go on and are to be ignored."""
     device = cache.keys.device
@@ -226,15 +252,38 @@ def _steps(
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,), of the next token
     longest = max(map(len, prompts))
     seen = _seen(prompts, model.config.vocab_size, device)
-    logits = prefill(model, prompts, cache, cached)
-    while True:
-        chosen = sampler.choose(logits, generator, seen)  # (B,)
-        yield chosen.tolist()
+
+    def choose(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
+        chosen = sampler.choose(logits, generator, seen)
         seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    step = CompiledStep(model, cache) if compiled else None
+    logits = prefill(model, prompts, cache, cached)
+    if speculation:
+        yield from speculation.steps(model, prompts[0], logits, choose, cache)
+    while True:
+        chosen = choose(logits)
+        yield chosen.tolist()
         longest = min(longest + 1, cache.capacity)
-        logits = model(chosen[:, None], cache.upto(longest), positions[:, None])[:, -1]
+        if step:
+            logits = step(chosen[:, None], positions[:, None])[:, -1]
+        else:
+            # A single row ends with the cache's view; without positions the model knows that it sees all.
+            given = positions[:, None] if len(prompts) > 1 else None
+            logits = model(chosen[:, None], cache.upto(longest), given)[:, -1]
         # A row that is done may reach the end of the cache before the others.
         positions = (positions + 1).clamp(max=cache.capacity - 1)
+
+
+def _speculation(most: int, prompts: int, compiled: bool) -> Speculation | None:
+    if most == 0:
+        return None
+    if prompts > 1:
+        raise InputError(f"speculate: expected 0 (off) or one prompt, got {prompts} prompts")
+    if compiled:
+        raise InputError("speculate: a compiled step has one token, speculation several; choose one of them")
+    return Speculation(most)
 
 
 def _seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:

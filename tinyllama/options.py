@@ -87,6 +87,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """How matrices are kept: the argument of `load`."""
+    parser.add_argument(
+        "--weights",
+        default="stored",
+        choices=["stored", "int8", "exact", "float32", "bfloat16", "float16"],
+        help="how matrices are kept. stored: as in the file, most often in 16 bits: equal to exact but for "
+        "rounding, and decodes up to three times as fast; int8: faster again, a little less exact; exact: in "
+        "--dtype, and what transformers computes to the last bit (default: %(default)s)",
+    )
+
+
 def add_place_options(parser: argparse.ArgumentParser) -> None:
     """Where another attention goes."""
     parser.add_argument("--layers", type=numbers, metavar="N-M,...", help="which ones (default: all)")
@@ -126,6 +138,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="above 1 makes tokens that occurred less likely (default: %(default)s)",
     )
     group.add_argument("--seed", type=seed, metavar="N", help="the same seed gives the same tokens")
+    group.add_argument(
+        "--speculate",
+        type=count,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens from the text so far and check them in one pass: the same text, sooner "
+        "where it repeats itself or the prompt; 0 is off (default: %(default)s)",
+    )
 
 
 def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None) -> None:
@@ -180,11 +200,11 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     settings = {name: getattr(args, name) for name in names}
     tinyllama.Sampler(**settings)
-    return settings | {"max_new_tokens": args.max_new_tokens}
+    return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
-def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """The model and tokenizer that the options name.
+def load(args: argparse.Namespace, weights: str = "exact") -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the options name, with matrices kept that way.
 
     Raises:
         InputError: see `tinyllama.load`.
@@ -194,7 +214,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 
     usable_device(args.device)  # before a download of gigabytes
     kernel = load_kernel(args.attention)
-    model, tokenizer = tinyllama.load(args.model, device=args.device, dtype=args.dtype)
+    model, tokenizer = tinyllama.load(args.model, device=args.device, dtype=args.dtype, weights=weights)
     model.set_attention(kernel)
     return model, tokenizer
 
