@@ -16,7 +16,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick lab bench lint format clean
+.PHONY: help setup generate chat test parity parity-quick lab bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +41,11 @@ parity-quick: $(DEV) ## the same on less, in a minute
 lab: $(RUN) ## measure another attention: make lab KERNEL=window MODEL=smollm2
 	@$(BIN)/python scripts/lab.py $(MODEL_OPTION) --html lab.html -- "$$KERNEL_NAME"
 
-bench: $(DEV) ## measure speed and memory beside transformers, on TinyLlama's shape
-	@$(BIN)/python scripts/bench.py
+bench: $(DEV) ## measure speed beside transformers and llama.cpp: a table, bench.png and bench.json
+	@$(BIN)/python scripts/bench.py --png bench.png --json bench.json
+
+bench-peers: $(DEV) ## install llama.cpp for the bench; it is compiled, which takes some minutes
+	@$(PIP) -r requirements-bench.txt
 
 lint: $(DEV) ## check format, style and types
 	@$(BIN)/ruff format --check

@@ -1,262 +1,278 @@
-"""Measure load, prefill and decode beside transformers in one run, on TinyLlama's shape with random weights.
+"""Measure speed beside transformers and llama.cpp in one run, on TinyLlama's shape with random weights.
 
-Loads run in fresh processes, in turn; speeds in one process, in turn, over the same weights. Quote the
-ratios: absolute figures drift with whatever else the machine does. transformers runs its plain forward loop
-with sdpa and its dynamic cache, which is a little faster than its `generate`.
+Every round measures each subject in turn over the same weights, and what the
+machine itself can read and multiply beside them. Quote the ratios: absolute
+figures drift with whatever else the machine does. Peers that are not installed
+are left out, and the output says so. The full run takes a long while: --quick
+is a short one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import shlex
 import sys
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tinyllama import options
-from tinyllama.terminal import note, run
+from tinyllama.terminal import note, progress_line, run, step_progress
 
 if TYPE_CHECKING:
-    import torch
+    from tinyllama import LlamaConfig
+    from tinyllama.bench.sizes import Sizes
 
-    from tinyllama import Llama
-
-OURS, THEIRS = "tinyllama", "transformers"
-PROMPT_TOKENS = 16
+CONTEXTS, PREFILLS = (64, 512, 1900), (128, 512, 1900)
+QUICK_CONTEXTS, QUICK_PREFILLS = (64, 512), (128,)
+LONGEST_ON_GPU = 2048
+WIDTH = 100  # columns
+CHART_ROUNDS = 2  # of figures that only the chart shows
 
 EXAMPLES = """\
-  python scripts/bench.py
-  python scripts/bench.py --dtype float32 --rounds 9 --json
-  python scripts/bench.py --config weights/SmolLM2-135M-Instruct/config.json"""
+  python scripts/bench.py --quick
+  python scripts/bench.py --png bench.png --json bench.json
+  python scripts/bench.py --only ours-mixed --only llama.cpp --rounds 3 --load-rounds 0
+  python scripts/bench.py --profile --mode ours-int8 --context 64 --context 1900
+  python scripts/bench.py --quality                 what the fast modes cost, on SmolLM2
+  python scripts/bench.py --config weights/SmolLM2-135M-Instruct/config.json
+
+subjects: ours-exact, ours-float32, ours-mixed (bfloat16 weights, float32 activations), ours-bfloat16,
+ours-int8, ours-int8-bfloat16, hf-float32, hf-bfloat16, hf-compiled-float32, hf-compiled-bfloat16,
+llama.cpp-f16, llama.cpp-q8; a beginning such as hf stands for all with it"""
 
 
 def main() -> int:
-    """Measure, and print a table or JSON."""
+    """Measure, print tables or JSON, and draw."""
     args = parse()
-    if args.load:
-        print(json.dumps(measure_load(*args.load)))
-        return 0
+    results = measured(args)
+    if args.json is not None:
+        from tinyllama.files import replace_text
+
+        text = json.dumps(results, indent=1, allow_nan=False)
+        if args.json == "-":
+            print(text)
+        else:
+            replace_text(Path(args.json), text + "\n")
+            note(f"wrote {args.json}")
+    if args.json != "-":
+        show(results)
+    if args.png is not None:
+        from tinyllama.bench.charts import write_png
+
+        write_png(args.png, results)
+        note(f"wrote {args.png}")
+    return 0
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, with the machine and the settings."""
     from tinyllama import LlamaConfig
+    from tinyllama.bench.charts import require_matplotlib
+    from tinyllama.device import usable_device
     from tinyllama.files import read_json
     from tinyllama.machine import machine
 
-    config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
-    results: dict[str, Any] = {
-        "machine": machine(),
-        "settings": {k: v for k, v in vars(args).items() if k != "load"},
+    usable_device(args.device)
+    if args.png is not None:
+        require_matplotlib()
+    results: dict[str, Any] = {"machine": {**machine(), "llama_cpp_python": llama_cpp_version()}}
+    results["settings"] = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
+    results["settings"]["command"] = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
+    if args.quality:
+        return results | {"quality": quality()}
+    config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
+    results["settings"]["parameters"] = sum(config.parameters.values())
     with tempfile.TemporaryDirectory(prefix="tinyllama-bench-") as folder:
+        from tinyllama.bench.shape import write_random_checkpoint
+
+        if not args.profile:
+            from tinyllama.bench.names import chosen
+            from tinyllama.bench.suite import measure
+
+            (names, skipped), plan = chosen(args.only, args.float16, args.compiled), sizes(args, config)
         note(f"drawing {sum(config.parameters.values()) / 1e6:.0f} million bfloat16 weights")
         write_random_checkpoint(config, Path(folder))
-        for dtype in args.dtype:
-            note(f"{dtype}: loading")
-            loads: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-            for _ in range(args.load_rounds):
-                for who, figures in loads.items():
-                    figures.append(load_in_fresh_process(who, folder, dtype))
-            note(f"{dtype}: prefill and decode, {args.rounds} rounds")
-            speeds = measure_speed(Path(folder), dtype, args)
-            results[dtype] = {
-                who: {key: median(figures[key] for figures in loads[who]) for key in loads[who][0]}
-                | speeds[who]
-                for who in (OURS, THEIRS)
-            }
-    if args.json:
-        print(json.dumps(results, indent=2, default=str))
+        if args.profile:
+            return results | {"profile": profile(Path(folder), config, args)}
+        found = measure(Path(folder), config, names, args.device, plan, step_progress)
+        found["left_out"] = skipped | found["left_out"]
+        return results | found
+
+
+def profile(folder: Path, config: LlamaConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where a token's time goes in one mode, at each context."""
+    from tinyllama import InputError
+    from tinyllama.bench.breakdown import breakdown
+    from tinyllama.bench.limits import Memory
+    from tinyllama.bench.names import MODES
+    from tinyllama.bench.ours import Ours
+    from tinyllama.bench.sharing import sharing
+    from tinyllama.bench.sizes import fitting
+
+    longest = config.max_position_embeddings
+    contexts = args.context or fitting((64, 1900), longest, args.steps + 1)
+    if max(contexts, default=0) + args.steps + 1 > longest:
+        raise InputError(f"--context: {max(contexts)} and {args.steps} steps exceed the context of {longest}")
+    subject = Ours(args.mode, MODES[args.mode].load(folder, args.device))
+    memory, parts = Memory(subject.device), []
+    with progress_line() as done:
+        for context in contexts:
+            done(f"{args.mode} at {context}: operations")
+            part = breakdown(subject, context, args.steps, args.rounds, memory.bandwidth)
+            done(f"{args.mode} at {context}: KV heads")
+            part["sharing"] = sharing(subject.model, context, part["step"], args.rounds)
+            parts.append(part)
+    return parts
+
+
+def quality() -> dict[str, Any]:
+    """What the fast modes cost, on the embedded model."""
+    from tinyllama.bench import quality as measures
+    from tinyllama.hub import resolve
+
+    with progress_line() as done:
+        return measures.quality(resolve("smollm2"), done=done)
+
+
+def sizes(args: argparse.Namespace, config: LlamaConfig) -> Sizes:
+    """How much is measured: what was given, else what fits the shape's context.
+
+    Raises:
+        InputError: what was given does not fit.
+    """
+    from tinyllama import InputError
+    from tinyllama.bench.sizes import Sizes, fitting
+
+    longest, on_cpu = config.max_position_embeddings, args.device == "cpu"
+    lengths = PREFILLS if on_cpu else (*PREFILLS[:2], LONGEST_ON_GPU)
+    plan = Sizes(
+        rounds=args.rounds,
+        chart_rounds=min(CHART_ROUNDS, args.rounds),
+        load_rounds=args.load_rounds,
+        prompt=args.prompt,
+        steps=args.steps,
+        contexts=args.contexts
+        or fitting(QUICK_CONTEXTS if args.quick else CONTEXTS, longest, args.steps + 1),
+        prefills=args.prefills or fitting(QUICK_PREFILLS if args.quick else lengths, longest),
+        prefill=args.prefill or min(512 if on_cpu else LONGEST_ON_GPU, longest),
+        rows=args.rows,
+    )
+    needed = max(*plan.contexts, plan.prompt, 0) + plan.steps + 1
+    if max(needed, *plan.prefills, plan.prefill) > longest:
+        raise InputError(
+            f"sizes: {max(needed, *plan.prefills, plan.prefill)} tokens do not fit the shape's context of "
+            f"{longest}; give smaller contexts or prefills, or fewer steps"
+        )
+    return plan
+
+
+def llama_cpp_version() -> str | None:
+    """That of llama-cpp-python, if it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return None
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    from rich.console import Console
+
+    from tinyllama.bench import profile_tables, tables
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = max(console.width, WIDTH)
+    if "profile" in results:
+        profile_tables.show_profile(console, results)
+    elif "quality" in results:
+        profile_tables.show_quality(console, results)
     else:
-        show(results, args)
-    return 0
+        tables.show(console, results)
 
 
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=5, help="of prefill and decode (default: %(default)s)")
-    parser.add_argument("--load-rounds", type=int, default=3, help="of loads (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few rounds and sizes, no compiled peers")
     parser.add_argument(
-        "--prefill", type=int, default=128, help="tokens in the prefill (default: %(default)s)"
+        "--only", action="append", metavar="NAME", help="measure this subject; may be repeated"
     )
     parser.add_argument(
-        "--decode", type=int, default=32, help="steps after the prompt (default: %(default)s)"
+        "--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out"
     )
-    parser.add_argument("--config", type=Path, help="a config.json (default: TinyLlama-1.1B's shape)")
-    parser.add_argument("--device", default="cpu", help="where prefill and decode run (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
-    parser.add_argument("--load", nargs=3, metavar=("WHO", "FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--float16", action="store_true", help="measure transformers in float16, too")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a config.json (default: TinyLlama-1.1B's)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every figure as JSON; - prints it instead of tables"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw speeds and the roofline")
+    group = parser.add_argument_group("sizes")
+    group.add_argument(
+        "--rounds", type=options.positive, metavar="N", help="of speeds (default: 7; quick: 2)"
+    )
+    group.add_argument(
+        "--load-rounds", type=options.count, metavar="N", help="of loads (default: 5; quick: 1)"
+    )
+    group.add_argument(
+        "--prompt", type=options.positive, default=16, metavar="N", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--steps", type=options.positive, metavar="N", help="of decoding (default: 32; quick: 8)"
+    )
+    group.add_argument("--contexts", type=options.numbers, metavar="N,N", help="default: 64,512,1900")
+    group.add_argument("--prefills", type=options.numbers, metavar="N,N", help="default: 128,512,1900")
+    group.add_argument(
+        "--prefill", type=options.positive, metavar="N", help="that of the goals (default: 512)"
+    )
+    group.add_argument(
+        "--rows", type=options.count, default=8, metavar="N", help="batch (default: %(default)s)"
+    )
+    group = parser.add_argument_group("other measurements, in place of the table")
+    group.add_argument("--profile", action="store_true", help="where a token's time goes in one mode")
+    group.add_argument("--mode", default="ours-mixed", metavar="NAME", help="which (default: %(default)s)")
+    group.add_argument(
+        "--context",
+        action="append",
+        type=options.positive,
+        metavar="N",
+        help="may be repeated (default: 64, 1900)",
+    )
+    group.add_argument("--quality", action="store_true", help="KL, top-1, perplexity of the modes on SmolLM2")
     args = parser.parse_args()
-    args.dtype = args.dtype or ["float32", "bfloat16"]
+    defaults = {"rounds": (7, 2), "load_rounds": (5, 1), "steps": (32, 8)}
+    for name, (full, quick) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else full)
+    args.compiled = args.compiled and not args.quick
+    check(parser, args)
     return args
 
 
-def write_random_checkpoint(config: Any, folder: Path) -> None:
-    """A checkpoint folder of that shape with small normal weights, in bfloat16 as TinyLlama's."""
-    import torch
-    import transformers
-    from safetensors.torch import save_file
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 on options that do not go together, before anything is measured."""
+    from tinyllama.bench.names import MODES
 
-    import tinyllama
-    from tinyllama.parity.reference import config_fields
-
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in tinyllama.Llama(config).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        (name if name.startswith("lm_head") else f"model.{name}"): torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = config_fields(config) | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    fields["transformers_version"] = transformers.__version__
-    (folder / "config.json").write_text(json.dumps(fields))
-
-
-def load_in_fresh_process(who: str, folder: str, dtype: str) -> dict[str, float]:
-    """What `measure_load` finds in a process of its own."""
-    command = [sys.executable, __file__, "--load", who, folder, dtype]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_load(who: str, folder: str, dtype: str) -> dict[str, float]:
-    """Seconds from the files to a first token, and by how much the process's peak memory grew.
-
-    The token counts because a mapped file is read only when its weights are used.
-    """
-    import torch
-
-    if who == OURS:
-        from tinyllama import load_model
-    else:
-        from transformers import LlamaForCausalLM
-
-    start, before = time.perf_counter(), memory("VmRSS")
-    with torch.inference_mode():
-        if who == OURS:
-            load_model(folder, device="cpu", dtype=dtype)(torch.tensor([[1]]))
-        else:
-            LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))(torch.tensor([[1]]))
-    return {"load_seconds": time.perf_counter() - start, "load_peak_bytes": memory("VmHWM") - before}
-
-
-def memory(field: str) -> int:
-    """A memory figure of this process in bytes: VmRSS is now, VmHWM the highest so far (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-def measure_speed(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median tokens a second in prefill and decode, in turn over the same weights."""
-    import torch
-
-    import tinyllama
-    from tinyllama.parity.reference import reference_model
-
-    model = tinyllama.load_model(folder, device=args.device, dtype=dtype)
-    reference = reference_model(model, "sdpa")
-    generator = torch.Generator().manual_seed(0)
-    length = max(args.prefill, PROMPT_TOKENS)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(args.device)
-
-    def our_prefill() -> None:
-        tinyllama.prefill(model, [ids[0, : args.prefill].tolist()], model.new_cache(1, args.prefill))
-
-    @torch.inference_mode()
-    def their_prefill() -> None:
-        reference(ids[:, : args.prefill], use_cache=True, logits_to_keep=1)
-
-    runs: dict[str, dict[str, Callable[[], float]]] = {
-        OURS: {
-            "prefill": lambda: args.prefill / timed(our_prefill),
-            "decode": lambda: decode_ours(model, ids, args.decode),
-        },
-        THEIRS: {
-            "prefill": lambda: args.prefill / timed(their_prefill),
-            "decode": lambda: decode_theirs(reference, ids, args.decode),
-        },
-    }
-    figures: dict[str, dict[str, list[float]]] = {who: {name: [] for name in runs[who]} for who in runs}
-    for _ in range(args.rounds + 1):
-        for name in ("prefill", "decode"):
-            for who in runs:
-                figures[who][name].append(runs[who][name]())
-    # The first round warms up.
-    return {who: {name: median(values[1:]) for name, values in figures[who].items()} for who in figures}
-
-
-def timed(action: Callable[[], None]) -> float:
-    """Seconds that the action took, on a GPU until it is done."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def decode_ours(model: Llama, ids: torch.Tensor, steps: int) -> float:
-    """Our decode steps a second, after the prompt and the first token."""
-    import tinyllama
-
-    prompt = ids[0, :PROMPT_TOKENS].tolist()
-    tokens = tinyllama.stream(model, prompt, max_new_tokens=steps + 1, eos_ids=())
-    next(tokens)
-    return steps / timed(lambda: deque(tokens, maxlen=0).clear())
-
-
-def decode_theirs(reference: Any, ids: torch.Tensor, steps: int) -> float:
-    """Decode steps a second of transformers' forward pass with its dynamic cache, after the prompt."""
-    import torch
-    import transformers
-
-    with torch.inference_mode():
-        cache = transformers.DynamicCache(config=reference.config)
-        token = reference(ids[:, :PROMPT_TOKENS], past_key_values=cache).logits[:, -1:].argmax(-1)
-
-        def decode() -> None:
-            nonlocal token
-            for _ in range(steps):
-                token = reference(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-                token.item()  # as a stream needs it
-
-        return steps / timed(decode)
-
-
-def show(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the results as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{results['machine']['cpu']}, {results['machine']['threads']} threads",
-        caption=f"medians of {args.rounds} rounds; prefill {args.prefill} tokens, decode {args.decode} steps",
-    )
-    table.add_column("dtype")
-    table.add_column("figure")
-    for who in (OURS, THEIRS, "ratio"):
-        table.add_column(who, justify="right")
-    rows = [
-        ("load to first token, s", "load_seconds", 1.0),
-        ("peak memory, GB", "load_peak_bytes", 1e-9),
-        ("prefill, tokens/s", "prefill", 1.0),
-        ("decode, tokens/s", "decode", 1.0),
-    ]
-    for dtype in args.dtype:
-        for title, key, unit in rows:
-            ours, theirs = (results[dtype][who][key] for who in (OURS, THEIRS))
-            table.add_row(dtype, title, f"{ours * unit:.2f}", f"{theirs * unit:.2f}", f"{ours / theirs:.2f}")
-    Console().print(table)
+    if args.profile and args.quality:
+        parser.error("give --profile or --quality, not both")
+    if args.png is not None and (args.profile or args.quality):
+        parser.error("--png draws the table of speeds; leave --profile and --quality out")
+    if args.mode not in MODES:
+        parser.error(f"--mode: expected one of {', '.join(MODES)}, got {args.mode!r}")
+    if args.contexts and 0 in args.contexts:
+        parser.error("--contexts: expected 1 or more, got 0")
+    options.check_output(parser, "--png", args.png)
+    if args.json not in (None, "-"):
+        options.check_output(parser, "--json", Path(args.json))
 
 
 if __name__ == "__main__":

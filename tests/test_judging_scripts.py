@@ -1,4 +1,4 @@
-"""The scripts that judge: parity must be able to fail, and the bench must measure what it says."""
+"""The script that judges: parity must be able to fail."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import tinyllama
-from tests.shapes import tiny_config, tiny_model
+from tests.shapes import tiny_model
 from tests.test_divergence import permuted
 from tests.test_scripts import load_script
 from tests.tiny_tokenizers import sentencepiece_folder
 from tinyllama import hub, terminal
 from tinyllama.parity import notebook, subjects, suite
-from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.reference import reference_model
 
 TEXT = "the cat sat on the mat, a dog ate the hat"
 KERNELS = """
@@ -368,25 +368,3 @@ def test_each_text_of_the_notebook_that_comes_out_otherwise_has_its_line(monkeyp
     lines = notebook.notebook_failures(None, Decoder())
     assert [line.partition(":")[0] for line in lines] == [f"notebook, {name}" for name in failing]
     assert next(left, None) is None
-
-
-# --- bench -----------------------------------------------------------------------------------------------
-
-
-def test_bench_measures_both_in_every_figure(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(config_fields(tiny_config(vocab_size=4096, hidden_size=512))))
-    script = load_script("bench")
-    sizes = ["--rounds", "1", "--load-rounds", "1", "--prefill", "32", "--decode", "4"]
-    monkeypatch.setattr(
-        "sys.argv", ["bench.py", "--config", str(config), "--dtype", "float32", "--json", *sizes]
-    )
-    script.main()
-    results = json.loads(capsys.readouterr().out)
-    weights = 4 * sum(tiny_config(vocab_size=4096, hidden_size=512).parameters.values())
-    for who in ("tinyllama", "transformers"):
-        figures = results["float32"][who]
-        assert set(figures) == {"load_seconds", "load_peak_bytes", "prefill", "decode"}
-        assert figures["load_peak_bytes"] > weights / 2
-        assert min(figures.values()) > 0
-    assert results["machine"]["threads"] > 0

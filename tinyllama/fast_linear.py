@@ -19,8 +19,8 @@ from tinyllama.native import GROUP
 MOST_VECTORS = 32
 # PyTorch's own way to oneDNN's linear function.
 ONEDNN = "_linear_pointwise"
-# Rows of W that are widened at once for a matrix-matrix product: few enough to stay in the cache.
-ROWS = 512
+# Rows of W that are widened or rounded at once: few enough to stay in the cache.
+ROWS = 128
 
 
 class FastLinear(nn.Module):
@@ -34,23 +34,20 @@ class FastLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        vectors = x.reshape(-1, self.in_features)
-        y = self._matvec(vectors) if self._few(vectors) else self._matmul(vectors)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self._few(x):
+            return native.matvec(self.weight, self.scales, x.float().contiguous()).to(x.dtype)
+        return self._matmul(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def _few(self, x: Tensor) -> bool:
         """Whether matvec.c can and should do it."""
         return (
-            len(x) <= MOST_VECTORS
-            and x.device.type == "cpu"
+            x.numel() <= MOST_VECTORS * self.in_features
+            and x.is_cpu
             and x.dtype != torch.float64
             and self.in_features % GROUP == 0
             and not x.requires_grad  # compiled code has no backward pass
             and native.available()
         )
-
-    def _matvec(self, x: Tensor) -> Tensor:
-        return native.matvec(self.weight, self.scales, x.float().contiguous()).to(x.dtype)
 
     def _matmul(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
@@ -94,11 +91,19 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 weights (rows, cols) and bfloat16 scales (rows, cols / 64); see `Int8Linear`.
     """
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    # Rounded before it is used, so that rounding it costs nothing but a little of the range.
-    scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
-    steps = groups / scales.float().masked_fill(scales == 0, 1)
-    return steps.round().clamp(-127, 127).to(torch.int8).flatten(1), scales.squeeze(-1)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), weight.shape[1] // GROUP, dtype=torch.bfloat16, device=weight.device)
+    for at in range(0, len(weight), ROWS):
+        part = slice(at, at + ROWS)
+        groups = weight[part].to(torch.float32, copy=True).unflatten(1, (-1, GROUP))
+        low, high = groups.aminmax(dim=-1)
+        # Rounded before they are used, so that rounding them costs nothing but a little of the range.
+        scales[part] = torch.maximum(-low, high) / 127
+        steps = scales[part].float()[..., None]
+        # In place, for fetching fresh memory takes longer than this arithmetic.
+        groups.div_(steps.masked_fill_(steps == 0, 1)).round_().clamp_(-127, 127)
+        values[part] = groups.flatten(1)
+    return values, scales
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:

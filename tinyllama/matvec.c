@@ -14,7 +14,8 @@
 /* The machine's registers: LANES floats each, and enough of them for the sums of VECTORS vectors. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
-enum { LANES = 16, VECTORS = 4 };
+#define VECTORS 4
+enum { LANES = 16 };
 typedef __m512 floats;
 #define MULTIPLY_ADD(a, b, c) _mm512_fmadd_ps(a, b, c)
 static inline floats from_float32(const float *p) { return _mm512_loadu_ps(p); }
@@ -30,7 +31,8 @@ static inline floats from_int8(const int8_t *p) {
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
-enum { LANES = 8, VECTORS = 2 };
+#define VECTORS 2
+enum { LANES = 8 };
 typedef __m256 floats;
 #define MULTIPLY_ADD(a, b, c) _mm256_fmadd_ps(a, b, c)
 static inline floats from_float32(const float *p) { return _mm256_loadu_ps(p); }
@@ -45,7 +47,8 @@ static inline floats from_int8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 #else /* any other: the compiler finds the instructions */
-enum { LANES = 4, VECTORS = 2 };
+#define VECTORS 2
+enum { LANES = 4 };
 typedef float floats __attribute__((vector_size(16)));
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 static inline floats from_float32(const float *p) { return (floats){p[0], p[1], p[2], p[3]}; }
@@ -100,13 +103,14 @@ INLINE float total(const floats *sums) {
     return lanes[0];
 }
 
-/* Add the products of `part` columns of one row with n vectors; n is a constant where this is called. */
+/* Add the products of `part` columns of one row with n vectors, a constant where this is called. Meanwhile ask
+ * for the columns from `from` up to `to` of `next`. */
 INLINE void dots(const stored *w, const uint16_t *scales, const float *x, float *y, long rows, long cols,
-                 long part, int n) {
+                 long part, int n, const stored *next, long from, long to) {
     floats sums[VECTORS][CHAINS] = {0};
     for (long group = 0; group < part; group += GROUP) {
-        for (int byte = 0; byte < GROUP * (int)sizeof(stored); byte += 64)
-            __builtin_prefetch((const char *)(w + group) + AHEAD + byte, 0, 0);
+        if (from <= group && group < to)
+            for (int i = 0; i < GROUP; i += 64 / sizeof(stored)) __builtin_prefetch(next + group + i, 0, 0);
 #ifdef SCALED
         uint32_t bits = (uint32_t)scales[group / GROUP] << 16;
         float scale;
@@ -127,23 +131,32 @@ INLINE void dots(const stored *w, const uint16_t *scales, const float *x, float 
     UNROLL for (int k = 0; k < n; k++) y[k * rows] += total(sums[k]);
 }
 
-/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows), zeros. */
+/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows). */
 void matvec(const stored *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n) {
     long together = n > 1 ? TOGETHER : 1; /* a single vector reads each row to its end */
+    long passes = (n + VECTORS - 1) / VECTORS;
 #pragma omp parallel for schedule(static)
     for (long top = 0; top < rows; top += together)
-        for (long k = 0; k < n; k += VECTORS)
-            for (long c = 0; c < cols; c += BLOCK)
+        for (long c = 0; c < cols; c += BLOCK)
+            for (long pass = 0; pass < passes; pass++)
                 for (long r = top; r < top + together && r < rows; r++) {
-                    long at = r * cols + c, part = cols - c < BLOCK ? cols - c : BLOCK;
+                    long k = pass * VECTORS, at = r * cols + c, part = cols - c < BLOCK ? cols - c : BLOCK;
+                    const stored *wr = w + at, *next = wr + AHEAD / sizeof(stored);
+                    if (n > 1) /* the next block of the row, or the first of a row after those together */
+                        next = wr + (c + BLOCK < cols ? BLOCK : together * cols - c);
+                    long from = part * pass / passes, to = part * (pass + 1) / passes; /* each pass its share */
                     const uint16_t *s = scales ? scales + at / GROUP : scales;
                     const float *xk = x + k * cols + c;
                     float *yk = y + k * rows + r;
-                    switch (n - k) { /* each with its own constant, so that the loops over n unroll */
-                        case 1: dots(w + at, s, xk, yk, rows, cols, part, 1); break;
-                        case 2: dots(w + at, s, xk, yk, rows, cols, part, 2); break;
-                        case 3: dots(w + at, s, xk, yk, rows, cols, part, VECTORS < 3 ? VECTORS : 3); break;
-                        default: dots(w + at, s, xk, yk, rows, cols, part, VECTORS);
+                    if (c == 0)
+                        for (long i = 0; i < VECTORS && i < n - k; i++) yk[i * rows] = 0;
+                    switch (n - k < VECTORS ? n - k : VECTORS) { /* a constant in each, to unroll loops by */
+                        case 1: dots(wr, s, xk, yk, rows, cols, part, 1, next, from, to); break;
+                        case 2: dots(wr, s, xk, yk, rows, cols, part, 2, next, from, to); break;
+#if VECTORS == 4
+                        case 3: dots(wr, s, xk, yk, rows, cols, part, 3, next, from, to); break;
+                        case 4: dots(wr, s, xk, yk, rows, cols, part, 4, next, from, to); break;
+#endif
                     }
                 }
 }

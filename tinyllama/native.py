@@ -51,15 +51,17 @@ def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     Args:
         weight: (rows, cols), contiguous, in float32, bfloat16, float16 or int8; cols is a multiple of 64.
         scales: for int8, (rows, cols / 64) in bfloat16; None otherwise.
-        x: (n, cols), contiguous, in float32.
+        x: (..., cols), contiguous, in float32.
 
     Returns:
-        (n, rows) in float32. A vector's bits are the same alone and among others.
+        (..., rows) in float32. A vector's bits are the same alone and among others.
     """
     rows, cols = weight.shape
-    y = torch.zeros(len(x), rows)
+    y = torch.empty(*x.shape[:-1], rows)
     place = None if scales is None else scales.data_ptr()
-    _product(weight.dtype)(weight.data_ptr(), place, x.data_ptr(), y.data_ptr(), rows, cols, len(x))
+    _product(weight.dtype)(
+        weight.data_ptr(), place, x.data_ptr(), y.data_ptr(), rows, cols, x.numel() // cols
+    )
     return y
 
 

@@ -1,0 +1,208 @@
+"""Where a token's time goes: every operation of a decode step, beside what reading its bytes must cost."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllama.bench.ours import EMBEDDING, Ours, cached_bytes, weight_bytes
+from tinyllama.cache import KVCache
+
+Figures = dict[str, Any]
+
+BETWEEN = "between the operations"
+SAMPLING = "sampling"
+# The last part of a module's name -> the operation that it, or the way to it, belongs to.
+GROUPS = {
+    EMBEDDING: "embedding",
+    "input_layernorm": "norms",
+    "post_attention_layernorm": "norms",
+    "norm": "norms",
+    "rotary": "RoPE",
+    "q_rot": "RoPE",
+    "k_rot": "RoPE",
+    "scores": "attention",
+    "pattern": "attention",
+    "z": "attention",
+    "product": "SwiGLU product",
+}
+# These stand behind an operation that is no module: what passed since the last mark is that operation.
+TAPS = ("q_rot", "k_rot", "scores", "pattern", "z", "product")
+CACHE_WRITE = "cache write"
+ORDER = (
+    "embedding",
+    "norms",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "RoPE",
+    CACHE_WRITE,
+    "attention",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "SwiGLU product",
+    "down_proj",
+    "lm_head",
+    SAMPLING,
+)
+
+
+class Clock:
+    """Marks in time: each gives what passed since the last one to an operation.
+
+    On a GPU the marks are events in its own queue, so that it need not be waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, group: str) -> None:
+        """End an operation here."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((group, event))
+        else:
+            self.marks.append((group, time.perf_counter()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by operation since the first mark; the clock is empty again."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, start), (group, end) in zip(self.marks, self.marks[1:], strict=False):
+            passed = start.elapsed_time(end) / 1e3 if self.cuda else end - start
+            seconds[group] = seconds.get(group, 0.0) + passed
+        self.marks = []
+        return seconds
+
+
+def operations(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Last name, operation and module of every module that is one operation."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        name = path.split(".")[-1]
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if not inside and (name in GROUPS or name in ORDER or not any(module.children())):
+            found.append(path)
+            yield name, GROUPS.get(name, name), module
+
+
+@contextmanager
+def watched(model: nn.Module, cache: KVCache, clock: Clock) -> Iterator[None]:
+    """The clock's marks around every operation of the model and behind every write to the cache."""
+    plain = type(cache)
+
+    class Watched(plain):  # type: ignore[valid-type, misc]
+        def write(self, *args: Any) -> tuple[Tensor, Tensor]:
+            result = super().write(*args)
+            clock.mark(CACHE_WRITE)
+            return result
+
+    def before(_module: nn.Module, _args: Any) -> None:
+        clock.mark(BETWEEN)
+
+    def after(group: str, _module: nn.Module, _args: Any, _result: Any) -> None:
+        clock.mark(group)
+
+    with ExitStack() as hooks:
+        for name, group, module in operations(model):
+            if name not in TAPS:
+                hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_hook(partial(after, group)))
+        cache.__class__ = Watched
+        try:
+            yield
+        finally:
+            cache.__class__ = plain
+
+
+def breakdown(
+    subject: Ours, context: int, steps: int, rounds: int, bandwidth: Callable[[], float]
+) -> Figures:
+    """Time the operations of decode steps at a context, and whole steps without a clock, in turn.
+
+    The operations and what is left of a whole step, `between the operations`, sum to it.
+
+    Returns:
+        `step`, seconds of a step without the clock; `with_clock`, of one with it; `bandwidth`; `bytes` of the
+        step; and `operations`: name, seconds, bytes that it must read, and seconds that reading them takes.
+    """
+    plain: list[float] = []
+    timed: list[dict[str, float]] = []
+    read: list[float] = []
+    for turn in range(rounds + 1):
+        read.append(bandwidth())
+        tokens = subject.stream(context, steps, subject.filled_cache(context + steps + 1))
+        deque(tokens, maxlen=0)
+        watched_steps = _watch(subject, context, steps)
+        if turn:  # the first round warms up
+            plain += tokens.seconds[1:]
+            timed += watched_steps
+    step, speed = median(plain), median(read[1:])
+    names = sorted({name for seconds in timed for name in seconds} - {BETWEEN}, key=_place)
+    middle = {name: median(seconds.get(name, 0.0) for seconds in timed) for name in names}
+    middle[BETWEEN] = step - sum(middle.values())
+    needed = bytes_by_operation(subject, context)
+    return {
+        "subject": subject.name,
+        "context": context,
+        "step": step,
+        "with_clock": median(sum(seconds.values()) for seconds in timed),
+        "bandwidth": speed,
+        "bytes": sum(needed.values()),
+        "operations": [
+            {
+                "name": name,
+                "seconds": seconds,
+                "bytes": needed.get(name, 0),
+                "must": needed.get(name, 0) / speed,
+            }
+            for name, seconds in middle.items()
+        ],
+    }
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+def _watch(subject: Ours, context: int, steps: int) -> list[dict[str, float]]:
+    """Seconds by operation of each step."""
+    cache = subject.filled_cache(context + steps + 1)
+    tokens = subject.stream(context, steps, cache)
+    clock, taken = Clock(subject.device), []
+    with watched(subject.model, cache, clock):
+        for _ in range(steps):
+            clock.mark("start")
+            next(tokens)
+            clock.mark(SAMPLING)  # since lm_head, the last module
+            taken.append(clock.take())
+    return taken
+
+
+def bytes_by_operation(subject: Ours, context: int) -> dict[str, int]:
+    """What each operation of a step must read: weights, one row of the embedding, cached keys and values.
+
+    The cache's write counts what it writes. Activations are left out: they stay in the processor's cache.
+    """
+    needed: dict[str, int] = {}
+    for name, group, module in operations(subject.model):
+        if name != EMBEDDING:
+            needed[group] = needed.get(group, 0) + weight_bytes(module)
+    table = subject.model.embed_tokens.weight
+    kept = cached_bytes(subject.model)
+    needed["embedding"] = table.shape[1] * table.element_size()
+    needed[CACHE_WRITE] = kept
+    needed["attention"] = needed.get("attention", 0) + context * kept
+    return needed
