@@ -36,6 +36,7 @@ EXAMPLES = """\
   python scripts/bench.py --only ours-mixed --only llama.cpp --rounds 3 --load-rounds 0
   python scripts/bench.py --profile --mode ours-int8 --context 64 --context 1900
   python scripts/bench.py --quality                 what the fast modes cost, on SmolLM2
+  python scripts/bench.py --products                what each matrix product is worth
   python scripts/bench.py --config weights/SmolLM2-135M-Instruct/config.json
 
 subjects: ours-exact, ours-float32, ours-mixed (bfloat16 weights, float32 activations), ours-bfloat16,
@@ -84,6 +85,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     results["settings"]["command"] = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
     if args.quality:
         return results | {"quality": quality()}
+    if args.products:
+        return results | {"products": products(args.rounds)}
     config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
     results["settings"]["parameters"] = sum(config.parameters.values())
     with tempfile.TemporaryDirectory(prefix="tinyllama-bench-") as folder:
@@ -136,6 +139,16 @@ def quality() -> dict[str, Any]:
 
     with progress_line() as done:
         return measures.quality(resolve("smollm2"), done=done)
+
+
+def products(rounds: int) -> dict[str, Any]:
+    """Matrix products by every way, on TinyLlama's gate and up projections."""
+    from tinyllama import LlamaConfig
+    from tinyllama.bench import products as measures
+
+    config = LlamaConfig()
+    with step_progress(len(measures.WAYS)) as step:
+        return measures.products(config.intermediate_size, config.hidden_size, rounds, step)
 
 
 def sizes(args: argparse.Namespace, config: LlamaConfig) -> Sizes:
@@ -191,6 +204,10 @@ def show(results: dict[str, Any]) -> None:
         console.width = max(console.width, WIDTH)
     if "profile" in results:
         profile_tables.show_profile(console, results)
+    elif "products" in results:
+        from tinyllama.bench.products import show_products
+
+        show_products(console, results)
     elif "quality" in results:
         profile_tables.show_quality(console, results)
     else:
@@ -248,6 +265,7 @@ def parse() -> argparse.Namespace:
         help="may be repeated (default: 64, 1900)",
     )
     group.add_argument("--quality", action="store_true", help="KL, top-1, perplexity of the modes on SmolLM2")
+    group.add_argument("--products", action="store_true", help="matrix products by each way that there is")
     args = parser.parse_args()
     defaults = {"rounds": (7, 2), "load_rounds": (5, 1), "steps": (32, 8)}
     for name, (full, quick) in defaults.items():
@@ -262,10 +280,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 on options that do not go together, before anything is measured."""
     from tinyllama.bench.names import MODES
 
-    if args.profile and args.quality:
-        parser.error("give --profile or --quality, not both")
-    if args.png is not None and (args.profile or args.quality):
-        parser.error("--png draws the table of speeds; leave --profile and --quality out")
+    others = [name for name in ("profile", "quality", "products") if getattr(args, name)]
+    if len(others) > 1:
+        parser.error(f"give --{others[0]} or --{others[1]}, not both")
+    if args.png is not None and others:
+        parser.error(f"--png draws the table of speeds; leave --{others[0]} out")
     if args.mode not in MODES:
         parser.error(f"--mode: expected one of {', '.join(MODES)}, got {args.mode!r}")
     if args.contexts and 0 in args.contexts:

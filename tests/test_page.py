@@ -54,9 +54,18 @@ def a_case(dtype: str, limit: float, rows: list[dict[str, Any]]) -> dict[str, An
         "positions": 1297,
         "texts": {"english": 1280, "note.txt": 17},
         "bin": 32,
-        "limits": {"relative": limit, "kl_mean": None, "kl_max": 1e-9, "flip_margin": 6.3e-5},
+        "note": "Something was not judged.",
+        "limits": {"relative": limit, "kl_mean": None, "kl_max": 1e-9, "flip_margin": 6.3e-5}
+        | {"top1": None, "nll_change": None},
         "rows": rows,
     }
+
+
+def a_rounding() -> dict[str, Any]:
+    """8-bit weights against the full ones: no reference, and limits of its own."""
+    case = a_case("float32", 0.0, [a_row("tinyllama int8", 0.02, same_bits=None)])
+    limits = {"relative": None, "kl_mean": 0.01, "kl_max": None, "flip_margin": None}
+    return case | {"limits": limits | {"top1": 0.95, "nll_change": 0.00995}}
 
 
 def a_flip(position: int, margin: float | None) -> dict[str, Any]:
@@ -116,6 +125,7 @@ def some_figures() -> dict[str, Any]:
             "cases": [
                 a_case("float32", 2e-6, [*references(1e-6), a_row("tinyllama eager", 1.1e-6)]),
                 a_case("bfloat16", 0.03, [*references(0.02), near, broken]),
+                a_rounding(),
             ],
             "continuations": [
                 part | {"what": "greedy", "calls": 10, "ids": 2000, "flips": []},
@@ -194,7 +204,7 @@ def test_sections_without_figures_are_left_out():
     assert [value for name, value in read.attributes if name == "id"] == ["summary", "terms", "machine"]
     ids = [value for name, value in Read(page(some_figures())).attributes if name == "id"]
     assert ids == [
-        *("summary", "terms", "case-0", "case-1", "ids", "gradients", "mutations", "searches"),
+        *("summary", "terms", "case-0", "case-1", "case-2", "ids", "gradients", "mutations", "searches"),
         *("notebook", "machine"),
     ]
 
@@ -207,6 +217,11 @@ def test_sections_without_figures_are_left_out():
         ("cases.0.rows.0.same_bits", ""),
         ("cases.0.limits.kl_mean", "none"),
         ("cases.0.rows.2.relative", "1.10e-06"),
+        ("cases.0.limits.top1", "none"),
+        ("cases.2.limits.top1", "95.00%"),
+        ("cases.2.limits.nll_change", "+1.0e-02"),
+        ("cases.2.limits.relative", "none"),
+        ("cases.2.note", "Something was not judged."),
         ("cases.0.rows.2.top1", "100.00%"),
         ("cases.0.positions", "1,297"),
         ("cases.1.rows.3.flips.3.margin", "not finite"),
@@ -228,6 +243,18 @@ def test_float64_says_why_the_references_are_worse():
     float64 = a_case("float64", 1e-12, [*references(1e-7), a_row("tinyllama eager", 1e-15)])
     assert note in Read(page(nothing() | {"cases": [float64]})).text
     assert note not in Read(page(some_figures())).text
+
+
+def test_a_note_has_its_line_and_none_has_none():
+    case = a_case("float32", 1e-5, [])
+    assert 'class="note"' in page(nothing() | {"cases": [case]})
+    assert 'class="note"' not in page(nothing() | {"cases": [case | {"note": ""}]})
+
+
+def test_without_a_reference_a_chart_has_no_limit_and_no_band():
+    chart = layer_chart(a_rounding())
+    assert chart is not None
+    assert ([curve.name for curve in chart.curves], chart.band_name) == (["tinyllama int8"], "")
 
 
 def points(chart: Chart, style: str) -> list[tuple[float, float]]:

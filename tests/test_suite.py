@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from tests.shapes import some_ids, tiny_config
-from tinyllama import terminal
+from tinyllama import native, terminal
 from tinyllama.attention import KERNELS, eager
 from tinyllama.parity import report, suite
 from tinyllama.parity.continuations import SETTINGS, Continuations, Flip
@@ -24,8 +24,8 @@ FLOAT32 = replace(QUICK, dtypes=("float32",))
 class Subject(Shape):
     """A tiny model with two texts, a long one, and prompts."""
 
-    def __init__(self):
-        super().__init__("tiny", tiny_config())
+    def __init__(self, **changes):
+        super().__init__("tiny", tiny_config(**changes))
 
     def texts(self, extent):
         return {"long": some_ids(1, 140)[0].tolist(), "short": some_ids(1, 20, seed=1)[0].tolist()}
@@ -38,9 +38,13 @@ def louder(q, k, v, context):
     return eager(q, k, 1.01 * v, context)
 
 
-def judged(kernels, extent=FLOAT32, search=False):
+class Trained(Subject):
+    trained = True
+
+
+def judged(kernels, extent=FLOAT32, search=False, subject=None):
     one = Suite(search)
-    one.judge(Subject(), kernels, extent)
+    one.judge(subject or Subject(), kernels, extent)
     return report.concluded(one.figures)
 
 
@@ -103,6 +107,7 @@ def test_on_request_it_is_looked_for_in_what_passes_too(continued):
     assert [(search["who"], search["text"], search["found"]) for search in figures["searches"]] == [
         ("tinyllama eager", "all texts", None),
         ("tinyllama sdpa", "all texts", None),
+        ("tinyllama fast", "all texts", None),
     ]
 
 
@@ -112,6 +117,91 @@ def test_a_long_text_is_judged_by_the_fused_kernel_alone(continued):
     assert (case["model"], case["texts"]) == ("tiny, long text", {"english": 300})
     assert [row["who"] for row in case["rows"]] == ["transformers sdpa", "tinyllama sdpa"]
     assert case["rows"][-1]["same_bits"]
+
+
+# --- the fast layers -------------------------------------------------------------------------------------
+
+DIVISIBLE = {"intermediate_size": 192}
+
+
+def test_fast_layers_are_judged_in_every_dtype_but_float64(continued):
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    figures = judged(KERNELS, replace(QUICK, dtypes=dtypes))
+    assert figures["passed"]
+    assert [case["dtype"] for case in figures["cases"]] == list(dtypes)
+    last = [case["rows"][-1] for case in figures["cases"]]
+    assert [row["who"] for row in last] == ["tinyllama sdpa", *["tinyllama fast"] * 3]
+    assert [row["same_bits"] for row in last[1:]] == [None] * 3
+    # The tiny shape's rows of 176.
+    notes = [bool(case["note"]) for case in figures["cases"]]
+    assert notes == [False, True, False, False]
+    assert figures["cases"][1]["note"] == suite.INDIVISIBLE_NOTE
+
+
+def test_8_bit_weights_are_judged_as_a_computation_and_of_trained_models_as_a_rounding(continued):
+    dtypes = ("float32", "bfloat16")
+    figures = judged(KERNELS, replace(QUICK, dtypes=dtypes), subject=Subject(**DIVISIBLE))
+    assert figures["passed"]
+    names = [(case["model"], case["dtype"]) for case in figures["cases"]]
+    assert names == [("tiny", "float32"), ("tiny, int8 weights", "float32"), ("tiny", "bfloat16")]
+    plain, case, _ = figures["cases"]
+    assert (plain["note"], case["note"]) == ("", suite.RANDOM_NOTE)
+    assert case["texts"] == {"long": 64, "short": 20}
+    assert [row["who"] for row in case["rows"]] == [
+        *("transformers eager", "transformers sdpa", "tinyllama int8")
+    ]
+
+    figures = judged(KERNELS, subject=Trained(**DIVISIBLE))
+    _, computed, rounded = figures["cases"]
+    assert computed["note"] == ""
+    assert computed["texts"] == rounded["texts"] == {"long": 140, "short": 20}
+    assert rounded["model"] == "tiny, int8 weights against the full ones"
+    (row,) = rounded["rows"]
+    assert row["relative"] > 1000 * computed["rows"][-1]["relative"]
+    assert rounded["limits"] == {
+        **{"relative": None, "kl_mean": 0.01, "kl_max": None, "flip_margin": None},
+        **{"top1": 0.95, "nll_change": pytest.approx(0.00995, rel=1e-3)},
+    }
+
+
+def test_8_bit_weights_that_cost_too_much_fail_and_are_not_searched(continued, monkeypatch):
+    monkeypatch.setattr(suite, "INT8_LIMITS", replace(suite.INT8_LIMITS, kl_mean=1e-9))
+    figures = judged(KERNELS, search=True, subject=Trained(**DIVISIBLE))
+    assert not figures["passed"]
+    assert (
+        "tiny, int8 weights against the full ones float32: tinyllama int8: KL mean" in figures["failures"][0]
+    )
+    searches = [(search["model"], search["who"], search["found"]) for search in figures["searches"]]
+    assert searches[-1] == ("tiny, int8 weights", "tinyllama int8", None)
+    assert len(searches) == 4
+
+
+def test_a_wrong_8_bit_product_is_found_in_the_model_of_rounded_weights(continued, monkeypatch):
+    if not native.available():
+        pytest.skip("needs a C compiler")
+    right = native.matvec
+    monkeypatch.setattr(native, "matvec", lambda weight, scales, x: right(weight, scales, x.half().float()))
+    figures = judged(KERNELS, subject=Subject(**DIVISIBLE))
+    assert [(search["who"], search["found"]["address"]) for search in figures["searches"]] == [
+        ("tinyllama fast", "layers.0.self_attn.q_proj"),
+        ("tinyllama int8", "layers.0.self_attn.q_proj"),
+    ]
+    assert all(search["found"]["place"][0] >= 64 for search in figures["searches"][:1])
+
+
+def test_without_a_compiler_the_rows_say_so(continued, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    figures = judged(KERNELS, subject=Subject(**DIVISIBLE))
+    assert figures["passed"]
+    assert [case["rows"][-1]["who"] for case in figures["cases"]] == [
+        "tinyllama fast on PyTorch's own products",
+        "tinyllama int8 on PyTorch's own products",
+    ]
+
+
+def test_a_kernel_of_ones_own_is_judged_without_them(continued):
+    (case,) = judged({"eager": eager}, subject=Subject(**DIVISIBLE))["cases"]
+    assert [row["who"] for row in case["rows"]][2:] == ["tinyllama eager"]
 
 
 # --- ids -------------------------------------------------------------------------------------------------

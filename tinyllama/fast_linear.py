@@ -7,6 +7,8 @@ number is a float32 number, too.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,13 +16,19 @@ from torch.nn import functional as F
 from tinyllama import native
 from tinyllama.native import GROUP
 
-# Up to so many vectors at once go through matvec.c: there its cost is that of reading the weights, later that
-# of widening them, and PyTorch's matrix-matrix product overtakes it.
+# Up to so many vectors at once go through matvec.c. There its cost is that of reading the weights; with more,
+# PyTorch's matrix-matrix products overtake it, soonest where they need not widen the weights first
+# (python scripts/bench.py --products).
 MOST_VECTORS = 32
+MOST_VECTORS_16_BIT = 12
 # PyTorch's own way to oneDNN's linear function.
 ONEDNN = "_linear_pointwise"
-# Rows of W that are widened or rounded at once: few enough to stay in the cache.
-ROWS = 128
+# What of W is widened or rounded at once: little enough to stay in the cache.
+ROWS = 512
+# oneDNN adds up long rows one product after another, with 2.2 times the rounding error of MKL, which over a
+# model is too much; for parts of rows, whose sums are added, it is 1.6 times.
+COLUMNS = 1024
+ALL = slice(None)
 
 
 class FastLinear(nn.Module):
@@ -40,8 +48,9 @@ class FastLinear(nn.Module):
 
     def _few(self, x: Tensor) -> bool:
         """Whether matvec.c can and should do it."""
+        same = x.dtype == self.weight.dtype != torch.float32
         return (
-            x.numel() <= MOST_VECTORS * self.in_features
+            x.numel() <= (MOST_VECTORS_16_BIT if same else MOST_VECTORS) * self.in_features
             and x.is_cpu
             and x.dtype != torch.float64
             and self.in_features % GROUP == 0
@@ -50,14 +59,24 @@ class FastLinear(nn.Module):
         )
 
     def _matmul(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype:
-            return matmul(x, self.weight)
-        parts = range(0, self.out_features, ROWS)
-        return torch.cat([matmul(x, self.widened(slice(at, at + ROWS), x.dtype)) for at in parts], dim=1)
+        if self.weight.dtype == x.dtype != torch.float32:
+            return F.linear(x, self.weight)
+        wide = x.dtype.itemsize >= 4  # sums of parts would be rounded to 16 bits one by one
+        columns = [slice(at, at + COLUMNS) for at in range(0, self.in_features, COLUMNS)] if wide else [ALL]
+        parts = [x[:, part].contiguous() for part in columns]
+        y = []
+        for at in range(0, self.out_features, ROWS):
+            rows = slice(at, at + ROWS)
+            products = (
+                matmul(values, self.widened(rows, x.dtype, part))
+                for values, part in zip(parts, columns, strict=True)
+            )
+            y.append(functools.reduce(torch.add, products))
+        return torch.cat(y, dim=1)
 
-    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of W in a floating dtype."""
-        return self.weight[rows].to(dtype)
+    def widened(self, rows: slice, dtype: torch.dtype, columns: slice = ALL) -> Tensor:
+        """Part of W in a floating dtype; columns in whole groups."""
+        return self.weight[rows, columns].to(dtype)
 
     def extra_repr(self) -> str:
         """Shape and dtype, for print(model)."""
@@ -75,11 +94,15 @@ class Int8Linear(FastLinear):
         super().__init__(weight)
         self.scales = nn.Parameter(scales, requires_grad=False)
 
-    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of W in a floating dtype."""
+    def widened(self, rows: slice, dtype: torch.dtype, columns: slice = ALL) -> Tensor:
+        """Part of W in a floating dtype; columns in whole groups."""
         assert self.scales is not None
-        groups = self.weight[rows].to(dtype).unflatten(1, (-1, GROUP))
-        return (groups * self.scales[rows, :, None].to(dtype)).flatten(1)
+        groups = self.weight.unflatten(1, (-1, GROUP))[rows, _groups(columns)].to(dtype)
+        return groups.mul_(self.scales[rows, _groups(columns), None].to(dtype)).flatten(1)
+
+
+def _groups(columns: slice) -> slice:
+    return columns if columns == ALL else slice(columns.start // GROUP, columns.stop // GROUP)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,10 +132,10 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """(n, in) times (out, in) -> (n, out).
 
-    PyTorch gives float32 to MKL; oneDNN, which it also carries, was 2.4 times as fast on an AMD EPYC. The way
-    to it is not part of PyTorch's promised interface, and may be gone some day.
+    PyTorch gives float32 to MKL; oneDNN, which it also carries, is twice as fast on an AMD EPYC. The way to
+    it is not part of PyTorch's promised interface, and may be gone some day.
     """
     onednn = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if onednn and not x.requires_grad and hasattr(torch.ops.mkldnn, ONEDNN):
-        return getattr(torch.ops.mkldnn, ONEDNN)(x, weight, None, "none", [], "")
+        return getattr(torch.ops.mkldnn, ONEDNN)(x, weight.contiguous(), None, "none", [], "")
     return F.linear(x, weight)

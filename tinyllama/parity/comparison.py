@@ -13,9 +13,9 @@ from torch import Tensor
 from tinyllama.attention import Kernel
 from tinyllama.model import Llama
 from tinyllama.parity.divergence import Run
-from tinyllama.parity.measure import Difference, Limits, Verdict, difference, judge, limits
+from tinyllama.parity.measure import Difference, Limits, Verdict, broken, difference, judge, limits
 from tinyllama.parity.oracle import oracle_logits
-from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.reference import Right, config_fields, reference_model
 from tinyllama.parity.trace import Trace, our_trace, reference_trace, stages
 
 REFERENCES = ("eager", "sdpa")
@@ -81,12 +81,12 @@ def reference_run(model: Llama, attention: str) -> Run:
 
 
 @torch.no_grad()
-def truths(model: Llama, texts: Mapping[str, Sequence[int]]) -> dict[str, Trace]:
+def truths(right: Right, texts: Mapping[str, Sequence[int]]) -> dict[str, Trace]:
     """The oracle's values at every stage, for each text; logits are at "lm_head"."""
-    config, weights = config_fields(model.config), model.state_dict()
+    config, weights = config_fields(right.config), right.state_dict()
     traces: dict[str, Trace] = {}
     for name, ids in texts.items():
-        traces[name] = dict.fromkeys(stages(model.config.num_hidden_layers))
+        traces[name] = dict.fromkeys(stages(right.config.num_hidden_layers))
         oracle_logits(config, weights, ids, traces[name])
     return traces
 
@@ -100,6 +100,7 @@ def compare_runs(
     dtype: torch.dtype,
     partners: Mapping[str, str] | None = None,
     done: Callable[[str], object] = lambda what: None,
+    limit: Limits | None = None,
 ) -> Case:
     """Judge logits against the truth, by the references' own error.
 
@@ -111,6 +112,7 @@ def compare_runs(
         dtype: the one under test.
         partners: for a candidate the reference that it is compared with bit by bit too.
         done: told of each pass that begins.
+        limit: what the candidates have to keep to; None follows from dtype and references.
     """
     partners = partners or {}
     tallies = {who: _Tally() for who in [*references, *candidates]}
@@ -125,7 +127,7 @@ def compare_runs(
             elif who in partners:
                 tallies[who].same_bits.append(torch.equal(_logits(values), logits[partners[who]]))
     measured = {who: Difference.joined(tally.parts) for who, tally in tallies.items()}
-    theirs = [measured[who] for who in references]
+    limit = limit or limits([measured[who] for who in references], dtype)
     rows = [
         Row(
             who=who,
@@ -133,11 +135,11 @@ def compare_runs(
             measured=measured[who],
             by_layer=tally.by_layer(),
             same_bits=all(tally.same_bits) if tally.same_bits else None,
-            failures=() if who in references else judge(measured[who], theirs, dtype).failures,
+            failures=() if who in references else broken(measured[who], limit),
         )
         for who, tally in tallies.items()
     ]
-    return Case({text: len(ids) for text, ids in texts.items()}, tuple(rows), limits(theirs, dtype))
+    return Case({text: len(ids) for text, ids in texts.items()}, tuple(rows), limit)
 
 
 def _logits(values: Trace) -> Tensor:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllama.model import Llama
 from tinyllama.parity.measure import CEILING
 from tinyllama.parity.oracle import oracle_logits
-from tinyllama.parity.reference import config_fields
+from tinyllama.parity.reference import Right, config_fields
 from tinyllama.parity.scene import Scene, relative_error
 from tinyllama.parity.suspects import suspect
 from tinyllama.parity.trace import Trace, operations, stages
@@ -82,7 +81,7 @@ class Divergence:
 
 def bisect(
     run: Run,
-    right: Llama,
+    right: Right,
     ids: Sequence[int],
     references: Sequence[Run] = (),
     truth: Run | None = None,
@@ -101,7 +100,7 @@ def bisect(
         None where every block's output is within twice the reference's error.
     """
     config, weights = config_fields(right.config), right.state_dict()
-    dtype = right.embed_tokens.weight.dtype
+    dtype = right.dtype
 
     def oracle(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
         trace: Trace = dict.fromkeys(addresses)

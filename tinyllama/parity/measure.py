@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -176,13 +177,31 @@ def _chunk(logits: Tensor, truth: Tensor, next_ids: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that passes, for one dtype and the reference's errors; inf where there is no such limit."""
+    """The most that passes, for one dtype and the reference's errors; inf where there is no such limit.
 
-    relative: float
-    relative_why: str
-    kl_mean: float
-    kl_max: float
-    flip_margin: float
+    Attributes:
+        relative: relRMS.
+        relative_why: where that comes from.
+        kl_mean: nats.
+        kl_mean_why: where that comes from.
+        kl_max: nats.
+        flip_margin: the oracle's margin at a flip, in logits.
+        top1: the least share of positions with the oracle's most likely token.
+        nll_change: nats, where the perplexity may rise by a share of itself.
+    """
+
+    relative: float = torch.inf
+    relative_why: str = ""
+    kl_mean: float = torch.inf
+    kl_mean_why: str = ""
+    kl_max: float = torch.inf
+    flip_margin: float = torch.inf
+    top1: float = 0.0
+    nll_change: float = torch.inf
+
+
+# What rounding the weights to 8 bits may do to the model: perplexity is e^NLL, and may rise by 1%.
+INT8_LIMITS = Limits(kl_mean=0.01, top1=0.95, nll_change=math.log(1.01))
 
 
 def limits(references: Sequence[Difference], dtype: torch.dtype) -> Limits:
@@ -194,7 +213,7 @@ def limits(references: Sequence[Difference], dtype: torch.dtype) -> Limits:
     """
     ceiling = CEILING[dtype]
     if dtype == torch.float64 or not references:
-        return Limits(ceiling, f"{ceiling:.0e}", torch.inf, torch.inf, torch.inf)
+        return Limits(ceiling, f"{ceiling:.0e}")
     worst = max(references, key=lambda reference: reference.relative)
     worst_kl = max(reference.kl_max for reference in references)
     limit = FACTOR[dtype] * worst.relative
@@ -203,6 +222,7 @@ def limits(references: Sequence[Difference], dtype: torch.dtype) -> Limits:
         relative=min(limit, ceiling),
         relative_why=f"{FACTOR[dtype]} R = {limit:.2e}" if limit < ceiling else f"{ceiling:.0e}",
         kl_mean=torch.inf if wide else 2 * worst.kl_mean,
+        kl_mean_why=f"twice transformers' = {2 * worst.kl_mean:.2e}",
         kl_max=max(MAX_KL_FLOAT32, KL_FACTOR_FLOAT32 * worst_kl) if wide else torch.inf,
         flip_margin=FLIP_MARGIN * worst.rms,
     )
@@ -210,7 +230,12 @@ def limits(references: Sequence[Difference], dtype: torch.dtype) -> Limits:
 
 def judge(ours: Difference, references: Sequence[Difference], dtype: torch.dtype) -> Verdict:
     """Judge our difference by those of the references, by the criteria for that dtype."""
-    limit = limits(references, dtype)
+    return Verdict(broken(ours, limits(references, dtype)))
+
+
+def broken(ours: Difference, limit: Limits) -> tuple[str, ...]:
+    """Every criterion that our difference breaks."""
+    perplexity, most = torch.tensor([ours.nll_change, limit.nll_change]).expm1().tolist()
     # A comparison with NaN is false, so NaN never passes.
     criteria = {
         "a logit is not finite": ours.finite,
@@ -218,7 +243,11 @@ def judge(ours: Difference, references: Sequence[Difference], dtype: torch.dtype
         f"a top-1 flip has a margin of {ours.flip_margin:.2e}, over {limit.flip_margin:.2e}": ours.flip_margin
         <= limit.flip_margin,
         f"KL max {ours.kl_max:.2e} is over {limit.kl_max:.1e}": ours.kl_max <= limit.kl_max,
-        f"KL mean {ours.kl_mean:.2e} is over twice transformers' = {limit.kl_mean:.2e}": ours.kl_mean
+        f"KL mean {ours.kl_mean:.2e} is over {limit.kl_mean_why or f'{limit.kl_mean:.2e}'}": ours.kl_mean
         <= limit.kl_mean,
+        f"top-1 {ours.top1:.2%} is under {limit.top1:.0%}": ours.top1 >= limit.top1,
+        # Without the text there is no likelihood: NaN, which only a limit may refuse.
+        f"perplexity changes by {perplexity:+.2%}, over {most:+.2%}": ours.nll_change <= limit.nll_change
+        or math.isinf(limit.nll_change),
     }
-    return Verdict(tuple(failure for failure, passes in criteria.items() if not passes))
+    return tuple(failure for failure, passes in criteria.items() if not passes)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import Tensor
 
 from tinyllama.config import LlamaConfig
 from tinyllama.model import Llama
+
+
+class Right(Protocol):
+    """What the oracle and a search read of a model whose weights are right; a `Llama` is one."""
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its activations: the one under test."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Its weights, under the names of checkpoints less `model.`."""
 
 
 def config_fields(config: LlamaConfig) -> dict[str, Any]:

@@ -25,19 +25,25 @@ Figures = dict[str, Any]
 SECTIONS = ("cases", "continuations", "gradients", "notebook", "mutations", "searches")
 
 
-def case_figures(model: str, dtype: str, case: Case) -> Figures:
-    """One model in one dtype; JSON has no NaN and no infinity, so both become None."""
+def case_figures(model: str, dtype: str, case: Case, note: str = "") -> Figures:
+    """One model in one dtype; JSON has no NaN and no infinity, so both become None.
+
+    `note` says what was not judged, and why.
+    """
     return {
         "model": model,
         "dtype": dtype,
         "positions": sum(case.positions.values()),
         "texts": case.positions,
         "bin": BIN,
+        "note": note,
         "limits": {
             "relative": _number(case.limits.relative),
             "kl_mean": _number(case.limits.kl_mean),
             "kl_max": _number(case.limits.kl_max),
             "flip_margin": _number(case.limits.flip_margin),
+            "top1": case.limits.top1 or None,
+            "nll_change": _number(case.limits.nll_change),
         },
         "rows": [_row(row, case) for row in case.rows],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -53,7 +53,8 @@ class Extent:
 FULL = Extent(
     DTYPES, positions=256, long=2040, prompts=6, greedy_ids=20, seeds=5, sampled_ids=8, gradients=True
 )
-LARGE = Extent(DTYPES, positions=32, long=0, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3, gradients=False)
+# More positions than matvec.c takes at once: the rest of each text goes through it; see `fast.pieces`.
+LARGE = Extent(DTYPES, positions=40, long=0, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3, gradients=False)
 QUICK = Extent(
     ("float32", "bfloat16"),
     positions=64,
@@ -78,6 +79,10 @@ class Subject(Protocol):
     @property
     def parameters(self) -> int:
         """How many it has."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights mean something: what rounding them does to a random model says nothing."""
 
     def model(self, dtype: str) -> Llama:
         """The model in that dtype; asked for from the widest to the narrowest, one at a time."""
@@ -111,6 +116,7 @@ class Checkpoint:
     own_texts: Mapping[str, str] | None = None
     official: bool = False
     device: str = "cpu"
+    trained: ClassVar[bool] = True
 
     @property
     def parameters(self) -> int:
@@ -155,6 +161,8 @@ class Checkpoint:
 
 class Shape:
     """A shape with random unit-gain weights, drawn once and then rounded from one dtype to the next."""
+
+    trained = False
 
     def __init__(self, name: str, config: LlamaConfig, device: str = "cpu") -> None:
         self.name, self._config, self._device = name, config, device

@@ -16,10 +16,20 @@ from tinyllama.parity import report
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
 from tinyllama.parity.continuations import SETTINGS, compare_continuations
 from tinyllama.parity.divergence import Divergence, Run, bisect
+from tinyllama.parity.fast import (
+    Dequantised,
+    dequantised_reference_run,
+    divisible,
+    fast_layers,
+    fast_run,
+    products,
+)
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
 from tinyllama.parity.gradients import compare_gradients
+from tinyllama.parity.measure import INT8_LIMITS, Limits
 from tinyllama.parity.mutations import try_mutations
 from tinyllama.parity.notebook import notebook_failures
+from tinyllama.parity.reference import Right
 from tinyllama.parity.subjects import Checkpoint, Extent, Subject, Texts
 from tinyllama.parity.trace import Trace, stages
 
@@ -28,6 +38,10 @@ WIDE = ("float64", "float32")
 # Tokens in which a divergence is looked for first: most show on few.
 SEARCHED = 128
 GRADIENT_POSITIONS = 64
+# Of random weights rounded to 8 bits: the whole oracle once more, on weights that are larger than most.
+RANDOM_INT8_POSITIONS = 64
+RANDOM_NOTE = "Random weights: what rounding them does to the predictions says nothing, and is not judged."
+INDIVISIBLE_NOTE = "8-bit weights are not judged: they need rows that are a multiple of 64."
 
 
 class Suite:
@@ -43,7 +57,7 @@ class Suite:
         self.figures: report.Figures = {"machine": machine(), **{name: [] for name in report.SECTIONS}}
 
     def judge(self, subject: Subject, kernels: Mapping[str, Kernel], extent: Extent) -> None:
-        """Judge our kernels by transformers; with our own two, the generated ids as well.
+        """Judge our kernels by transformers; with our own two, the fast layers and generated ids as well.
 
         Args:
             subject: the model.
@@ -59,6 +73,8 @@ class Suite:
                 truth = truths(model, texts)
             self._compare_with_transformers(subject.name, dtype, model, REFERENCES, kernels, texts, truth)
             if dtype == "float32" and kernels == KERNELS:
+                if divisible(model):
+                    self._judge_int8(subject, model, texts, truth)
                 self._judge_more(subject, model, extent)
 
     def judge_checkpoint(
@@ -125,6 +141,27 @@ class Suite:
         model = fixture()
         self._gradients("unit-gain fixture", model, random_ids(LENGTH, model.config.vocab_size))
 
+    def _judge_int8(self, subject: Subject, model: Llama, texts: Texts, truth: Mapping[str, Trace]) -> None:
+        """8-bit weights: the computation with them, and what rounding them does to a trained model."""
+        name, who = f"{subject.name}, int8 weights", f"tinyllama int8{products(model)}"
+        self._done(f"{name} float32, rounding")
+        layers = fast_layers(model, "int8")
+        run, right = fast_run(model, layers), Dequantised(model, layers)
+        references = {
+            f"transformers {one}": dequantised_reference_run(model, layers, one) for one in REFERENCES
+        }
+        note = "" if subject.trained else RANDOM_NOTE
+        if subject.trained:
+            run = _remembered(run)
+        else:
+            texts = {text: ids[:RANDOM_INT8_POSITIONS] for text, ids in texts.items()}
+        true = truths(right, texts)
+        self._compare(name, "float32", references, {who: run}, texts, true, {}, right, note=note)
+        if subject.trained:
+            name += " against the full ones"
+            # Not searched: every matrix diverges, by its rounding.
+            self._compare(name, "float32", {}, {who: run}, texts, truth, {}, None, limit=INT8_LIMITS)
+
     def _judge_more(self, subject: Subject, model: Llama, extent: Extent) -> None:
         """What is judged in float32 only: a long text, generated ids, gradients."""
         if ids := subject.long_text(extent):
@@ -150,15 +187,20 @@ class Suite:
         texts: Texts,
         truth: Mapping[str, Trace],
     ) -> None:
+        candidates = {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()}
+        if kernels == KERNELS and dtype != "float64":
+            candidates[f"tinyllama fast{products(model)}"] = fast_run(model, fast_layers(model, "same"))
+        indivisible = kernels == KERNELS and dtype == "float32" and not divisible(model)
         self._compare(
             name,
             dtype,
             {f"transformers {one}": reference_run(model, one) for one in references},
-            {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()},
+            candidates,
             texts,
             truth,
             {f"tinyllama {one}": f"transformers {one}" for one in references},
             model,
+            note=INDIVISIBLE_NOTE if indivisible else "",
         )
 
     def _compare(
@@ -170,9 +212,12 @@ class Suite:
         texts: Texts,
         truth: Mapping[str, Trace],
         partners: Mapping[str, str],
-        right: Llama,
+        right: Right | None,
         true: Run | None = None,
+        limit: Limits | None = None,
+        note: str = "",
     ) -> None:
+        """One case; without a `right` model, nothing is searched."""
         case = compare_runs(
             references,
             candidates,
@@ -181,10 +226,11 @@ class Suite:
             getattr(torch, dtype),
             partners,
             lambda what: self._done(f"{name} {dtype}, {what}"),
+            limit,
         )
-        self.figures["cases"].append(report.case_figures(name, dtype, case))
+        self.figures["cases"].append(report.case_figures(name, dtype, case, note))
         for row in case.rows:
-            if row.failures or (self._search and row.who in candidates):
+            if right and (row.failures or (self._search and row.who in candidates)):
                 self._done(f"{name} {dtype}, {row.who}: where does it diverge?")
                 text, found = _first_divergence(
                     candidates[row.who], right, texts, list(references.values()), true
@@ -224,9 +270,22 @@ class Suite:
         self.figures["gradients"].append(report.gradient_figures(name, "float32", len(ids), rows))
 
 
+def _remembered(run: Run) -> Run:
+    """The same, each text once: two cases read its values."""
+    known: dict[tuple[tuple[int, ...], tuple[str, ...]], Trace] = {}
+
+    def once(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
+        key = (tuple(ids), tuple(addresses))
+        if key not in known:
+            known[key] = run(ids, addresses)
+        return known[key]
+
+    return once
+
+
 @torch.no_grad()
 def _first_divergence(
-    run: Run, right: Llama, texts: Texts, references: list[Run], true: Run | None
+    run: Run, right: Right, texts: Texts, references: list[Run], true: Run | None
 ) -> tuple[str, Divergence | None]:
     """Search the texts' beginnings, then whole texts; returns what was searched last, and what was found."""
     long = {name: ids for name, ids in texts.items() if len(ids) > SEARCHED}

@@ -33,7 +33,7 @@ def show_case(console: Console, case: Figures) -> None:
             BITS[row["same_bits"]],
             "" if row["reference"] else "FAILED" if row["failures"] else "passed",
         )
-    console.print(table, "")
+    console.print(table, Text(f"{case['note']}\n" if case["note"] else ""))
 
 
 def show_continuations(console: Console, parts: list[Figures]) -> None:

@@ -81,13 +81,14 @@ def reference_trace(
 ) -> Trace:
     """The same of transformers' model; its sdpa attention has no scores and no pattern."""
     wanted = list(addresses)
-    theirs = {_their_path(address): address for address in wanted}
+    theirs = {their_path(address): address for address in wanted}
     with watch(reference, theirs) as outputs, _watch_inside(reference, wanted) as inside:
         reference(torch.tensor([list(ids)], device=reference.device))
     return _unbatched({address: outputs[path] for path, address in theirs.items()} | inside)
 
 
-def _their_path(address: str) -> str:
+def their_path(address: str) -> str:
+    """The module path that transformers has for one of ours."""
     return address if address == "lm_head" else f"model.{address}"
 
 

@@ -1,0 +1,149 @@
+"""Matrix products by the ways that there are: what each gives for one vector, a few, and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyllama import native
+from tinyllama.bench.limits import Memory, timed
+from tinyllama.bench.tables import heading, table
+from tinyllama.fast_linear import FastLinear, Int8Linear, matmul, quantise
+from tinyllama.linear import Linear
+
+Figures = dict[str, Any]
+Way = Callable[[Tensor], Tensor]
+
+VECTORS = (1, 2, 4, 8, 16, 32, 64, 512)
+MATRICES = 20  # so many that they come from memory, not from the processor's cache
+
+
+class _Functional(nn.Module):
+    """PyTorch's own, in the dtype of its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+class _OneDNN(_Functional):
+    """PyTorch's way to oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul(x, self.weight)
+
+
+class _Compiled(FastLinear):
+    """matvec.c for any number of vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native.matvec(self.weight, self.scales, x)
+
+
+class _CompiledInt8(Int8Linear):
+    """The same in 8 bits."""
+
+    forward = _Compiled.forward
+
+
+class _Widened(FastLinear):
+    """Some rows at a time widened to float32 for oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._matmul(x)
+
+
+def _plain(weight: Tensor) -> nn.Module:
+    layer = Linear(weight.shape[1], weight.shape[0])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+WAYS: dict[str, Callable[[Tensor], nn.Module]] = {
+    "float32, F.linear": _Functional,
+    "float32, linear.py": _plain,
+    "float32, oneDNN": _OneDNN,
+    "float32, matvec.c": _Compiled,
+    "bfloat16, F.linear": lambda weight: _Functional(weight.bfloat16()),
+    "float16, F.linear": lambda weight: _Functional(weight.half()),
+    "bfloat16 weights, matvec.c": lambda weight: _Compiled(weight.bfloat16()),
+    "bfloat16 weights, widened for oneDNN": lambda weight: _Widened(weight.bfloat16()),
+    "int8 weights, matvec.c": lambda weight: _CompiledInt8(*quantise(weight)),
+}
+
+
+@torch.inference_mode()
+def products(
+    rows: int, cols: int, rounds: int, step: Callable[[str], None], matrices: int = MATRICES
+) -> Figures:
+    """Multiply vectors with matrices of that shape in every way, in turn.
+
+    Returns:
+        `bandwidth`, bytes a second; and `ways`: name, `bytes` of a matrix, and for each number of vectors the
+        median `seconds` of one matrix.
+    """
+    memory, generator = Memory(torch.device("cpu")), torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, cols, generator=generator) for _ in range(matrices)]
+    taken: dict[str, dict[int, list[float]]] = {name: {n: [] for n in VECTORS} for name in WAYS}
+    size: dict[str, float] = {}
+    read = []
+    for name, way in WAYS.items():
+        # One way after another, for all of them at once would not fit; the bandwidth is measured beside each.
+        layers = [way(weight) for weight in weights]
+        size[name] = _bytes(layers[0])
+        for turn in range(rounds + 1):
+            read.append(memory.bandwidth())
+            for n in VECTORS:
+                x = torch.randn(n, cols, generator=generator)
+                seconds = timed(partial(_each, layers, x)) / matrices
+                if turn:
+                    taken[name][n].append(seconds)
+        step(name)
+    return {
+        "shape": [rows, cols],
+        "bandwidth": median(read),
+        "ways": [
+            {"name": name, "bytes": size[name], "seconds": {n: median(s) for n, s in by_count.items()}}
+            for name, by_count in taken.items()
+        ],
+    }
+
+
+def _each(layers: list[nn.Module], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)
+
+
+def _bytes(layer: nn.Module) -> int:
+    tensors = [*layer.parameters(), *(v for v in vars(layer).values() if isinstance(v, Tensor))]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def show_products(console: Console, results: Figures) -> None:
+    """A table: GB/s for one vector, then milliseconds for each number of them."""
+    heading(console, results)
+    found = results["products"]
+    rows, cols = found["shape"]
+    console.print(
+        f"y = W x, W ({rows}, {cols}), milliseconds for so many vectors; read bandwidth "
+        f"{found['bandwidth'] / 1e9:.1f} GB/s"
+    )
+    made = table("weights, way", "GB/s at 1", *map(str, VECTORS))
+    for way in found["ways"]:
+        seconds = way["seconds"]
+        made.add_row(
+            way["name"],
+            f"{way['bytes'] / seconds[1] / 1e9:.1f}",
+            *(f"{s * 1e3:.2f}" for s in seconds.values()),
+        )
+    console.print(made)
