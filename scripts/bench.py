@@ -145,10 +145,12 @@ def products(rounds: int) -> dict[str, Any]:
     """Matrix products by every way, on TinyLlama's gate and up projections."""
     from tinyllama import LlamaConfig
     from tinyllama.bench import products as measures
+    from tinyllama.bench.limits import Memory
+    from tinyllama.device import usable_device
 
-    config = LlamaConfig()
+    config, memory = LlamaConfig(), Memory(usable_device("cpu"))
     with step_progress(len(measures.WAYS)) as step:
-        return measures.products(config.intermediate_size, config.hidden_size, rounds, step)
+        return measures.products(config.intermediate_size, config.hidden_size, rounds, memory.bandwidth, step)
 
 
 def sizes(args: argparse.Namespace, config: LlamaConfig) -> Sizes:

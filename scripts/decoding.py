@@ -158,7 +158,8 @@ def show(results: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     settings = results["settings"]
-    chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "seed")
+    left_out = {"seed"} if settings["speculate"] else {"seed", "speculate"}
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in left_out)
     titles = {"greedy": "greedy", "no seed": "sampled, no seed", "seed": f"sampled, seed {settings['seed']}"}
     texts = Table(box=HORIZONTALS, show_lines=True)
     texts.add_column("", no_wrap=True)

@@ -25,6 +25,7 @@ from tinyllama.bench import (
     llama_cpp_api,
     loads,
     measure,
+    products,
     quality,
     results,
 )
@@ -432,6 +433,8 @@ def test_a_profile_and_its_machine_are_printed_or_written(bench):
     [
         (["--only", "nobody"], "'nobody'"),
         (["--profile", "--quality"], "not both"),
+        (["--quality", "--products"], "not both"),
+        (["--products", "--png", "a.png"], "--png"),
         (["--profile", "--png", "a.png"], "--png"),
         (["--mode", "hf-float32"], "ours-exact"),
         (["--png", "absent/a.png"], "make the folder first"),
@@ -487,3 +490,20 @@ def test_sizes_of_the_default_shape_are_those_of_the_goals(monkeypatch):
     assert (plan.prompt, plan.steps, plan.contexts, plan.prefill) == (16, 32, (64, 512, 1900), 512)
     assert plan.prefills == (128, 512, 1900)
     assert plan.rows == 8
+
+
+def test_every_way_of_a_product_is_measured_and_gives_the_product():
+    done = []
+    found = products.products(128, 192, rounds=2, bandwidth=lambda: 5e9, step=done.append, matrices=2)
+    assert done == [way["name"] for way in found["ways"]] == list(products.WAYS)
+    assert found["bandwidth"] == 5e9
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.25}
+    for way in found["ways"]:
+        assert way["bytes"] == 128 * 192 * bits[way["name"].split(",")[0].split()[0]] / 8
+        assert list(way["seconds"]) == list(products.VECTORS)
+    weight, x = torch.randn(128, 192), torch.randn(3, 192)
+    for name, way in products.WAYS.items():
+        y = way(weight)(x).double()
+        exact = x.double() @ weight.double().T
+        # Eight bits of a weight are some 1% off, sixteen less; another product is wrong altogether.
+        assert (y - exact).norm() < 0.02 * exact.norm(), name

@@ -75,9 +75,11 @@ def load_model(
     with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
         state = {}
         matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+        if config.tie_word_embeddings:
+            matrices.remove(HEAD)  # it is compared with the embedding first
         for name, values in _read(stored, device, storage):
             state[name] = values
-            if storage.kind != "exact" and name in matrices - {HEAD}:
+            if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
             advance(stored[name].end - stored[name].start)
     if config.tie_word_embeddings:
@@ -88,7 +90,8 @@ def load_model(
                 "different ones; set tie_word_embeddings to false"
             )
     if storage.kind != "exact":
-        _keep(model, state, HEAD, storage)
+        if config.tie_word_embeddings:
+            _keep(model, state, HEAD, storage)
         model.requires_grad_(False)
     model.load_state_dict(state, strict=True, assign=True)
     if storage.kind != "int8":  # rounded, the head is a matrix of its own

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllama import native
-from tinyllama.bench.limits import Memory, timed
+from tinyllama.bench.limits import timed
 from tinyllama.bench.tables import heading, table
 from tinyllama.fast_linear import FastLinear, Int8Linear, matmul, quantise
 from tinyllama.linear import Linear
@@ -84,15 +84,28 @@ WAYS: dict[str, Callable[[Tensor], nn.Module]] = {
 
 @torch.inference_mode()
 def products(
-    rows: int, cols: int, rounds: int, step: Callable[[str], None], matrices: int = MATRICES
+    rows: int,
+    cols: int,
+    rounds: int,
+    bandwidth: Callable[[], float],
+    step: Callable[[str], None],
+    matrices: int = MATRICES,
 ) -> Figures:
-    """Multiply vectors with matrices of that shape in every way, in turn.
+    """Multiply vectors with matrices of that shape, one way after another.
+
+    Args:
+        rows: of a matrix.
+        cols: of a matrix.
+        rounds: that count; one more comes first.
+        bandwidth: measures it, beside each round.
+        step: told of each way that is done.
+        matrices: how many there are, to come from memory.
 
     Returns:
         `bandwidth`, bytes a second; and `ways`: name, `bytes` of a matrix, and for each number of vectors the
         median `seconds` of one matrix.
     """
-    memory, generator = Memory(torch.device("cpu")), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, cols, generator=generator) for _ in range(matrices)]
     taken: dict[str, dict[int, list[float]]] = {name: {n: [] for n in VECTORS} for name in WAYS}
     size: dict[str, float] = {}
@@ -102,7 +115,7 @@ def products(
         layers = [way(weight) for weight in weights]
         size[name] = _bytes(layers[0])
         for turn in range(rounds + 1):
-            read.append(memory.bandwidth())
+            read.append(bandwidth())
             for n in VECTORS:
                 x = torch.randn(n, cols, generator=generator)
                 seconds = timed(partial(_each, layers, x)) / matrices
