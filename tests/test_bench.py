@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 import tinyllama.bench
 from tests.shapes import some_ids, tiny_config, tiny_model
@@ -339,7 +340,8 @@ def test_permuted_rows_come_back():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kind", "error"), [("F16", 3e-3), ("Q8_0", 4e-2)])
 def test_llama_cpp_gives_our_logits_on_the_gguf_file(tmp_path, kind, error, tied):
-    pytest.importorskip("llama_cpp")
+    # It comes with the bench extra alone: pip compiles it, which takes minutes that `make test` must not.
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; make bench-peers does")
     model = tiny_model(**CHANGES, tie_word_embeddings=tied)
     reference_model(model, "eager").save_pretrained(tmp_path)
     read = gguf_file.write_gguf(tmp_path, tmp_path / "model.gguf", kind)
@@ -459,10 +461,9 @@ def test_without_matplotlib_a_png_is_refused_before_anything_is_measured(bench, 
 
 
 def test_a_picture_is_drawn(bench, tmp_path):
-    image = pytest.importorskip("matplotlib.image")
     only = ("--only", "ours-mixed", "--only", "hf-float32")
     assert bench(*SMALL, *only, "--contexts", "4,8", "--png", "bench.png", "--json", "a.json")[0] == 0
-    pixels = image.imread(tmp_path / "bench.png")[..., :3]
+    pixels = imread(tmp_path / "bench.png")[..., :3]
     width = pixels.shape[1]
     assert width > 1000
     for panel in range(3):  # each has curves or points of both colours

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
+from tests.test_generation import Letters
 from tests.test_scripts import load_script
 from tinyllama import options, speculation, terminal
 from tinyllama.conversation import Conversation
@@ -198,19 +199,6 @@ def test_a_full_context_ends_a_text_inside_a_run_of_right_guesses(guess_from):
     tokens = stream(model, PROMPT, speculate=5, **FREE)
     assert list(tokens) == free
     assert (len(free), tokens.reason) == (17, "length")
-
-
-class Letters:
-    """A tokenizer whose ids are characters."""
-
-    def stream(self, context):
-        return self
-
-    def feed(self, token):
-        return chr(token)
-
-    def flush(self):
-        return ""
 
 
 def test_a_stop_string_inside_a_run_of_right_guesses_ends_the_text(model, guess_from):
