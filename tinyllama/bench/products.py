@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tinyllama import native
 from tinyllama.bench.limits import timed
+from tinyllama.bench.ours import weight_bytes
 from tinyllama.bench.tables import heading, table
 from tinyllama.fast_linear import FastLinear, Int8Linear, matmul, quantise
 from tinyllama.linear import Linear
@@ -30,7 +31,7 @@ class _Functional(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight)
@@ -113,7 +114,7 @@ def products(
     for name, way in WAYS.items():
         # One way after another, for all of them at once would not fit; the bandwidth is measured beside each.
         layers = [way(weight) for weight in weights]
-        size[name] = _bytes(layers[0])
+        size[name] = weight_bytes(layers[0])
         for turn in range(rounds + 1):
             read.append(bandwidth())
             for n in VECTORS:
@@ -135,11 +136,6 @@ def products(
 def _each(layers: list[nn.Module], x: Tensor) -> None:
     for layer in layers:
         layer(x)
-
-
-def _bytes(layer: nn.Module) -> int:
-    tensors = [*layer.parameters(), *(v for v in vars(layer).values() if isinstance(v, Tensor))]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def show_products(console: Console, results: Figures) -> None:
