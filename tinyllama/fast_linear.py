@@ -23,8 +23,10 @@ MOST_VECTORS = 32
 MOST_VECTORS_16_BIT = 12
 # PyTorch's own way to oneDNN's linear function.
 ONEDNN = "_linear_pointwise"
-# What of W is widened or rounded at once: little enough to stay in the cache.
+# What of W is widened at once, little enough to stay in the cache, and what is rounded: while a model loads,
+# larger temporaries leave holes between its tensors, up to a fifth of them.
 ROWS = 512
+ROUNDED_ROWS = 64
 # oneDNN adds up long rows one product after another, with 2.2 times the rounding error of MKL, which over a
 # model is too much; for parts of rows, whose sums are added, it is 1.6 times.
 COLUMNS = 1024
@@ -116,8 +118,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), weight.shape[1] // GROUP, dtype=torch.bfloat16, device=weight.device)
-    for at in range(0, len(weight), ROWS):
-        part = slice(at, at + ROWS)
+    for at in range(0, len(weight), ROUNDED_ROWS):
+        part = slice(at, at + ROUNDED_ROWS)
         groups = weight[part].to(torch.float32, copy=True).unflatten(1, (-1, GROUP))
         low, high = groups.aminmax(dim=-1)
         # Rounded before they are used, so that rounding them costs nothing but a little of the range.
