@@ -86,21 +86,22 @@ typedef int8_t stored;
 enum {
     CHAINS = 4,      /* sums per row: an addition takes four cycles, and four can be under way at once */
     GROUP = 64,      /* columns that share a scale; the number of columns is a multiple of it */
-    BLOCK = 1024,    /* columns after which sums are totalled: that much of x stays in the first cache */
+    BLOCK = 2048,    /* most columns after which sums are totalled: that much of x stays in the first cache */
     TOGETHER = 16,   /* rows that meet one block of several vectors before the next comes */
-    AHEAD = 4096,    /* bytes between what is used and what is asked for */
+    AHEAD = 6144,    /* bytes between what is used and what is asked for */
 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 4")
 
+typedef float four __attribute__((vector_size(16)));
+
 INLINE float total(const floats *sums) {
     floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    float lanes[LANES];
-    memcpy(lanes, &sum, sizeof lanes);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    four parts[LANES / 4];
+    memcpy(parts, &sum, sizeof parts);
+    for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 /* Add the products of `part` columns of one row with n vectors, a constant where this is called. Meanwhile ask
@@ -134,16 +135,17 @@ INLINE void dots(const stored *w, const uint16_t *scales, const float *x, float 
 /* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows). */
 void matvec(const stored *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n) {
     long together = n > 1 ? TOGETHER : 1; /* a single vector reads each row to its end */
+    long blocks = (cols + BLOCK - 1) / BLOCK, block = (cols / GROUP + blocks - 1) / blocks * GROUP; /* even ones */
     long passes = (n + VECTORS - 1) / VECTORS;
 #pragma omp parallel for schedule(static)
     for (long top = 0; top < rows; top += together)
-        for (long c = 0; c < cols; c += BLOCK)
+        for (long c = 0; c < cols; c += block)
             for (long pass = 0; pass < passes; pass++)
                 for (long r = top; r < top + together && r < rows; r++) {
-                    long k = pass * VECTORS, at = r * cols + c, part = cols - c < BLOCK ? cols - c : BLOCK;
+                    long k = pass * VECTORS, at = r * cols + c, part = cols - c < block ? cols - c : block;
                     const stored *wr = w + at, *next = wr + AHEAD / sizeof(stored);
                     if (n > 1) /* the next block of the row, or the first of a row after those together */
-                        next = wr + (c + BLOCK < cols ? BLOCK : together * cols - c);
+                        next = wr + (c + block < cols ? block : together * cols - c);
                     long from = part * pass / passes, to = part * (pass + 1) / passes; /* each pass its share */
                     const uint16_t *s = scales ? scales + at / GROUP : scales;
                     const float *xk = x + k * cols + c;
