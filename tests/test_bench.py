@@ -295,9 +295,11 @@ def test_the_operations_sum_to_the_step_and_read_what_it_reads(folder, mode):
     subject = Ours(mode, MODES[mode].load(folder, "cpu"))
     part = breakdown.breakdown(subject, 30, 4, 2, lambda: 1e9)
     by_name = {row["name"]: row for row in part["operations"]}
-    assert list(by_name) == [*breakdown.ORDER, breakdown.BETWEEN]
+    # A fused attention writes to the cache itself.
+    order = [name for name in breakdown.ORDER if mode == "ours-exact" or name != breakdown.CACHE_WRITE]
+    assert list(by_name) == [*order, breakdown.BETWEEN]
     assert sum(row["seconds"] for row in by_name.values()) == pytest.approx(part["step"])
-    assert all(by_name[name]["seconds"] > 0 for name in breakdown.ORDER)
+    assert all(by_name[name]["seconds"] > 0 for name in order)
     row_of_table = C * subject.model.embed_tokens.weight.element_size()
     assert part["bytes"] == subject.bytes_read(1, 30) + row_of_table + 2 * L * K * D * 4
     assert by_name["q_proj"]["bytes"] == L * H * D * C * (4 if mode == "ours-exact" else 2)

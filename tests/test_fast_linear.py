@@ -63,12 +63,12 @@ def test_every_kind_of_processor_gets_the_same_product(dtype: str, flags: tuple[
     if "-mavx2" in flags and "avx2" not in native.CPUINFO.read_text():
         pytest.skip("this machine has no AVX2")
     monkeypatch.setattr(native, "FLAGS", (*flags, "-fPIC", "-fopenmp"))
-    native._product.cache_clear()
+    _forget()
     try:
         linear, x = layer(37, 1088, dtype), random(5, 1088, seed=1)
         assert_is_the_product(linear(x), wide(linear), x)
     finally:
-        native._product.cache_clear()
+        _forget()
 
 
 @compiled
@@ -150,15 +150,20 @@ def test_the_matrix_product_does_not_depend_on_the_library(n: int, monkeypatch):
     assert torch.equal(matmul(x, weight), F.linear(x, weight))
 
 
+def _forget() -> None:
+    for function in (native._operation, native._library):
+        function.cache_clear()
+
+
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
     """No product was ever built here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (native.available, native._product):
-        function.cache_clear()
+    native.available.cache_clear()
+    _forget()
     yield tmp_path
-    for function in (native.available, native._product):
-        function.cache_clear()
+    native.available.cache_clear()
+    _forget()
 
 
 @pytest.mark.parametrize(
@@ -197,11 +202,11 @@ def test_it_is_built_once_and_a_broken_build_leaves_nothing(unbuilt, monkeypatch
     monkeypatch.setattr(native.subprocess, "run", run)
     assert native.available()
     built = sorted((unbuilt / "tinyllama").iterdir())
-    assert len(built) == len(native.DTYPES)
-    assert all(file.name.startswith("matvec-") and file.suffix == ".so" for file in built)
+    assert len(built) == len(native.DTYPES) + len(native.STEP_DTYPES)
+    assert all(file.name.startswith(("matvec-", "step-")) and file.suffix == ".so" for file in built)
     calls.clear()
     native.available.cache_clear()
-    native._product.cache_clear()
+    _forget()
     assert native.available()
     assert not calls
 
@@ -214,6 +219,6 @@ def test_an_unlike_machine_gets_a_build_of_its_own(unbuilt, monkeypatch):
         cpuinfo = unbuilt / "cpuinfo"
         cpuinfo.write_text(flags)
         monkeypatch.setattr(native, "CPUINFO", cpuinfo)
-        names.append(native._built("gcc", "INT8").name)
+        names.append(native._built("gcc", "matvec", "INT8").name)
     assert [a == b for a, b in pairwise(names)] == [False, False]
     assert names[0] == names[2]

@@ -21,6 +21,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
 from tinyllama.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
+from tinyllama.fused import fuse
 from tinyllama.linear import Linear
 from tinyllama.model import Llama
 from tinyllama.storage import Storage
@@ -97,6 +98,8 @@ def load_model(
     if storage.kind != "int8":  # rounded, the head is a matrix of its own
         model.tie_weights()
     model.set_attention(chosen)
+    if storage.kind != "exact" and device.type == "cpu":
+        fuse(model)
     return model.to(device).eval()
 
 

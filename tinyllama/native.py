@@ -1,4 +1,4 @@
-"""The compiled matrix-vector products of matvec.c: built once on each machine, in about a second."""
+"""The compiled operations of matvec.c and step.c: built once on each machine, in a second or two."""
 
 from __future__ import annotations
 
@@ -13,27 +13,42 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllama.machine import CPUINFO
 
-SOURCE = Path(__file__).with_name("matvec.c")
+HOME = Path(__file__).parent
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+# What matvec.c's weights and step.c's activations can be.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+STEP_DTYPES = (torch.float32, torch.bfloat16)
 
 # matvec.c takes rows whose length is a multiple of this; 8-bit weights have a scale for as many.
 GROUP = 64
+# step.c takes heads whose size is a multiple of this.
+LANES = 16
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+ARGUMENTS: dict[str, list[type[Any]]] = {
+    "matvec": [_POINTER] * 4 + [_LONG] * 3,
+    "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
+    "attend": [_POINTER] * 9 + [_LONG] * 6 + [_FLOAT],
+    "swiglu": [_POINTER] * 3 + [_LONG],
+}
 
 
 @cache
 def available() -> bool:
-    """Whether the products can be used here; the first time they cannot, a warning says why."""
+    """Whether they can be used here; the first time they cannot, a warning says why."""
     try:
         for dtype in DTYPES:
-            _product(dtype)
+            _operation("matvec", dtype)
+        for dtype in STEP_DTYPES:
+            _operation("attend", dtype)
     except (OSError, subprocess.SubprocessError) as error:
         (reason, *_) = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
@@ -59,39 +74,93 @@ def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     rows, cols = weight.shape
     y = torch.empty(*x.shape[:-1], rows)
     place = None if scales is None else scales.data_ptr()
-    _product(weight.dtype)(
+    _operation("matvec", weight.dtype)(
         weight.data_ptr(), place, x.data_ptr(), y.data_ptr(), rows, cols, x.numel() // cols
     )
     return y
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis, x / rms(x) * weight, computed in float32.
+
+    Args:
+        x: (..., C), contiguous, in float32 or bfloat16.
+        weight: (C,), in the dtype of x.
+        eps: added to the mean of the squares.
+    """
+    y = torch.empty_like(x)
+    C = weight.shape[0]
+    _operation("rms_norm", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
+    return y
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """RoPE, the KV cache's write, and softmax(q k^T / sqrt(D)) v: each token sees the slots up to its own.
+
+    All are contiguous and, but for the positions, of one dtype: float32 or bfloat16.
+
+    Args:
+        q: (B, T, H * D), before RoPE; D is a multiple of 16.
+        k: (B, T, K * D), before RoPE.
+        v: (B, T, K * D).
+        cos: (B, 1, T, D/2).
+        sin: (B, 1, T, D/2).
+        positions: (B, T), the slots; -1 for padding, which stores nothing and gets zeros.
+        keys: (B, K, slots, D), one layer's.
+        values: (B, K, slots, D).
+
+    Returns:
+        (B, T, H, D). A token's bits are the same alone and among others.
+    """
+    (B, T, width), (_, K, slots, D) = q.shape, keys.shape
+    z = q.new_empty(B, T, width // D, D)
+    pointers = [tensor.data_ptr() for tensor in (q, k, v, cos, sin, positions, keys, values, z)]
+    _operation("attend", q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5)
+    return z
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both contiguous and in float32 or bfloat16."""
+    y = torch.empty_like(gate)
+    _operation("swiglu", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    return y
+
+
 @cache
-def _product(dtype: torch.dtype) -> Callable[..., None]:
-    """matvec.c compiled for weights of that dtype."""
+def _operation(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The C function of that name, compiled for that dtype."""
+    operation = _library("matvec" if name == "matvec" else "step", dtype)[name]
+    operation.argtypes = ARGUMENTS[name]
+    operation.restype = None
+    return operation
+
+
+@cache
+def _library(source: str, dtype: torch.dtype) -> ctypes.CDLL:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise OSError("no C compiler was found")
-    product = ctypes.CDLL(str(_built(compiler, str(dtype).removeprefix("torch.").upper()))).matvec
-    product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
-    product.restype = None
-    return product
+    return ctypes.CDLL(str(_built(compiler, source, str(dtype).removeprefix("torch.").upper())))
 
 
-def _built(compiler: str, name: str) -> Path:
+def _built(compiler: str, source: str, dtype: str) -> Path:
     """The library, from the cache folder if it was built before on such a machine."""
     # Of one source, one command and one processor: a home folder may be shared by unlike machines.
-    what = (SOURCE.read_bytes(), compiler, FLAGS, name, _processor())
+    file = HOME / f"{source}.c"
+    what = (file.read_bytes(), compiler, FLAGS, dtype, _processor())
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama"
-    built = home / f"matvec-{key}.so"
+    built = home / f"{source}-{key}.so"
     if not built.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as folder:
-            unit, library = f"{folder}/matvec.o", f"{folder}/matvec.so"
+            unit, library = f"{folder}/unit.o", f"{folder}/library.so"
             # Linked without an OpenMP library, so that it finds the one that PyTorch has loaded: with two of
             # them there would be twice as many threads as cores.
             for command in (
-                [compiler, *FLAGS, f"-D{name}", "-c", str(SOURCE), "-o", unit],
+                [compiler, *FLAGS, f"-D{dtype}", "-c", str(file), "-o", unit],
                 [compiler, "-shared", unit, "-o", library],
             ):
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)

@@ -20,6 +20,7 @@ from tinyllama.activations import shape
 from tinyllama.attention import Kernel, sdpa
 from tinyllama.config import LlamaConfig
 from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear
+from tinyllama.fused import fuse
 from tinyllama.linear import Linear
 from tinyllama.model import Llama
 from tinyllama.native import GROUP
@@ -58,15 +59,19 @@ def divisible(model: Llama) -> bool:
 
 @contextmanager
 def swapped(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put layers in the place of a model's own; its own are back when the block ends, whatever happens."""
+    """Put layers in the place of a model's own, and fuse the rest; all is as before when the block ends."""
     own = {path: model.get_submodule(path) for path in layers}
+    kinds = {module: type(module) for module in model.modules()}
     try:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
+        fuse(model)
         yield
     finally:
         for path, layer in own.items():
             model.set_submodule(path, layer)
+        for module, kind in kinds.items():
+            module.__class__ = kind
 
 
 def fast_run(model: Llama, layers: Layers, kernel: Kernel = sdpa) -> Run:

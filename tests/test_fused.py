@@ -1,0 +1,252 @@
+"""Fused norms, MLPs and attentions, and step.c under them, against float64 and against their base classes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.shapes import TINY, some_ids
+from tinyllama import native
+from tinyllama.activations import capture
+from tinyllama.attention import eager
+from tinyllama.config import LlamaConfig
+from tinyllama.fused import FUSED, FusedAttention, fuse
+from tinyllama.model import Llama
+from tinyllama.parity.fixture import unit_gain_
+from tinyllama.rope import rotate
+
+compiled = pytest.mark.skipif(not native.available(), reason="needs gcc")
+pytestmark = [compiled, pytest.mark.usefixtures("one_thread")]
+DTYPES = (torch.float32, torch.bfloat16)
+# Half a unit in the last place for each of a few roundings.
+UNIT = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7}
+FLAGS = [(), ("-O3",), ("-O3", "-mavx2", "-mfma", "-mf16c"), ("-O1", "-march=native")]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def forget() -> None:
+    for function in (native._operation, native._library):
+        function.cache_clear()
+
+
+@pytest.fixture(params=FLAGS, ids=" ".join)
+def processor(request, monkeypatch):
+    """Code for the machine's widest registers, for others, and for none in particular."""
+    if request.param:
+        if "-mavx2" in request.param and "avx2" not in native.CPUINFO.read_text():
+            pytest.skip("this machine has no AVX2")
+        monkeypatch.setattr(native, "FLAGS", (*request.param, "-fPIC", "-fopenmp"))
+        forget()
+    yield
+    if request.param:
+        forget()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 2048), (3, 100), (40, 576), (0, 64)])
+def test_the_norm_is_rms_norm(processor, shape: tuple[int, ...], dtype: torch.dtype):
+    x, weight = random(*shape).to(dtype), random(shape[-1], seed=1).to(dtype)
+    wide = x.double()
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    y = native.rms_norm(x, weight, 1e-5)
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= exact.abs() * UNIT[dtype]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 5632, 40_000])
+def test_swiglu_is_silu_of_gate_times_up(processor, n: int, dtype: torch.dtype):
+    gate, up = (20 * random(n)).to(dtype), random(n, seed=1).to(dtype)
+    exact = F.silu(gate.double()) * up.double()
+    y = native.swiglu(gate, up)
+    # Below, e^x is cut off; such a product is nothing beside any other.
+    assert ((y.double() - exact).abs() <= exact.abs() * UNIT[dtype] + 1e-30).all()
+
+
+def attention(q, k, v, cos, sin, positions, keys, values) -> Tensor:
+    """In float64, token by token; keys and values as they are after the write."""
+    (B, T), (_, K, _, D) = positions.shape, keys.shape
+    turned = rotate(q.double().view(B, T, -1, D).transpose(1, 2), cos.double(), sin.double())  # (B, H, T, D)
+    H = turned.shape[1]
+    z = torch.zeros(B, T, H, D, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            S = int(positions[b, t]) + 1
+            for h in range(H if S else 0):
+                g = h * K // H
+                scores = keys[b, g, :S].double() @ turned[b, h, t] / math.sqrt(D)
+                z[b, t, h] = scores.softmax(0) @ values[b, g, :S].double()
+    return z
+
+
+def drawn(B: int, T: int, K: int, G: int, D: int, past: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    q, k, v = (random(B, T, heads * D, seed=seed).to(dtype) for seed, heads in ((1, K * G), (2, K), (3, K)))
+    positions = torch.arange(past, past + T).repeat(B, 1)
+    angles = random(B, 1, T, D // 2, seed=4)
+    keys, values = (random(B, K, past + T + 1, D, seed=seed).to(dtype) for seed in (5, 6))
+    return q, k, v, angles.cos().to(dtype), angles.sin().to(dtype), positions, keys, values
+
+
+def assert_attends(given: tuple[Tensor, ...]) -> None:
+    dtype = given[0].dtype
+    z = native.attend(*given)
+    exact = attention(*given)
+    assert z.dtype == dtype
+    assert (z.double() - exact).norm() <= {torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from([16, 48, 64, 128]),
+    st.sampled_from([0, 1, 2, 61, 62, 63, 64, 65, 130]),
+)
+def test_it_is_attention_after_rope(dtype: torch.dtype, B: int, T: int, K: int, G: int, D: int, past: int):
+    assert_attends(drawn(B, T, K, G, D, past, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind_of_processor_attends_alike(processor, dtype: torch.dtype):
+    assert_attends(drawn(1, 3, 2, 4, 64, 70, dtype))
+
+
+def test_large_scores_do_not_overflow_and_the_last_block_may_hold_the_largest():
+    q, *rest, keys, values = drawn(1, 1, 1, 2, 64, 200, torch.float32)
+    keys[:, :, 190] *= 100
+    assert_attends((30 * q, *rest, keys, values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_keys_and_values_go_to_their_slots_and_nothing_else_changes(dtype: torch.dtype):
+    q, k, v, cos, sin, positions, keys, values = drawn(2, 3, 2, 2, 64, 5, dtype)
+    positions[1] = torch.tensor([-1, 0, 1])  # a shorter row, padded on the left
+    before_keys, before_values = keys.clone(), values.clone()
+    z = native.attend(q, k, v, cos, sin, positions, keys, values)
+    turned = rotate(k.view(2, 3, 2, 64).transpose(1, 2), cos, sin)
+    for b, slots in ((0, [5, 6, 7]), (1, [0, 1])):
+        torch.testing.assert_close(keys[b, :, slots], turned[b, :, -len(slots) :], atol=4e-2, rtol=1e-2)
+        assert torch.equal(values[b, :, slots], v.view(2, 3, 2, 64).transpose(1, 2)[b, :, -len(slots) :])
+        before_keys[b, :, slots], before_values[b, :, slots] = keys[b, :, slots], values[b, :, slots]
+    assert torch.equal(keys, before_keys)
+    assert torch.equal(values, before_values)
+    assert (z[1, 0] == 0).all()
+    assert (z[1, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_has_the_same_bits_alone_among_others_and_on_any_number_of_threads(dtype: torch.dtype):
+    # So that a checked guess gives the id that it would have given as a step.
+    q, k, v, cos, sin, positions, keys, values = drawn(1, 6, 2, 4, 64, 130, dtype)
+    parts = []
+    for t in range(6):
+        at = slice(t, t + 1)
+        now = [x[:, at].contiguous() for x in (q, k, v)]
+        now += [x[:, :, at].contiguous() for x in (cos, sin)]
+        given = (*now, positions[:, at].contiguous(), keys, values)
+        parts.append(native.attend(*given))
+    torch.set_num_threads(2)
+    assert torch.equal(native.attend(q, k, v, cos, sin, positions, keys, values), torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+def test_nan_is_not_lost(where: str):
+    q, k, v, cos, sin, positions, keys, values = drawn(1, 1, 1, 1, 64, 10, torch.float32)
+    {"key": keys, "value": values, "query": q}[where][..., 3] = torch.nan
+    assert native.attend(q, k, v, cos, sin, positions, keys, values).isnan().any()
+    x = torch.full((1, 64), torch.nan)
+    assert native.swiglu(x, torch.ones(1, 64)).isnan().all()
+    assert native.rms_norm(x.bfloat16(), torch.ones(64).bfloat16(), 1e-5).isnan().all()
+
+
+# --- the modules -----------------------------------------------------------------------------------------
+
+
+def fused_model(**changes: object) -> Llama:
+    model = unit_gain_(Llama(LlamaConfig.from_dict({**TINY, "head_dim": 16, **changes}))).eval()
+    fuse(model)
+    return model
+
+
+def pass_(model: Llama, T: int = 9) -> Tensor:
+    with torch.no_grad():
+        return model(some_ids(1, T), model.new_cache(1, T))
+
+
+def never(*_: object) -> Tensor:
+    raise AssertionError("compiled code ran")
+
+
+def test_every_norm_mlp_and_attention_is_fused_and_print_says_so():
+    model = fused_model()
+    kinds = [type(module) for module in model.modules()]
+    assert not any(kind in FUSED for kind in kinds)
+    assert all(kinds.count(kind) > 0 for kind in FUSED.values())
+    assert "FusedAttention" in str(model)
+
+
+def test_without_a_compiler_nothing_is_fused(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert not any(isinstance(module, FusedAttention) for module in fused_model().modules())
+
+
+@pytest.mark.parametrize("address", ["q_rot", "k_rot", "z"])
+def test_values_can_still_be_captured(address: str):
+    model = fused_model()
+    whole = pass_(model)
+    with capture(model, f"layers.*.self_attn.{address}") as values:
+        seen = pass_(model)
+    torch.testing.assert_close(seen, whole, atol=1e-4, rtol=1e-4)
+    assert len(values) == len(model.attentions)
+    assert values[f"layers.0.self_attn.{address}"].shape[2:] == (9, 16)
+
+
+def test_another_kernel_is_not_passed_by(monkeypatch):
+    model = fused_model()
+    monkeypatch.setattr(native, "attend", never)
+    model.set_attention(eager)
+    pass_(model)
+    model.set_attention(lambda q, k, v, context: torch.zeros_like(q), layers=[0])
+    assert torch.isfinite(pass_(model)).all()
+
+
+def test_gradients_reach_every_weight_as_without(monkeypatch):
+    for name in ("attend", "swiglu", "rms_norm"):
+        monkeypatch.setattr(native, name, never)
+    model = fused_model()
+    model(some_ids(1, 9)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_norm_s_weight_has_a_gradient_where_its_input_has_none():
+    norm = fused_model().norm
+    norm(torch.ones(1, norm.weight.numel())).sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_only_a_model_s_own_cache_and_dtype_are_written_to_by_compiled_code(monkeypatch):
+    monkeypatch.setattr(native, "attend", never)
+    model = fused_model()
+    cache = model.new_cache(1, 9)
+    cache.__class__ = type("Mine", (type(cache),), {})
+    with torch.no_grad():
+        model(some_ids(1, 9), cache)  # someone else's may keep things in another way
+    pass_(model.to(torch.float16))
+
+
+def test_a_pass_without_a_cache_gives_the_same():
+    model = fused_model()
+    with torch.no_grad():
+        torch.testing.assert_close(model(some_ids(1, 5)), pass_(model, 5), atol=1e-4, rtol=1e-4)

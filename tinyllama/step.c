@@ -1,0 +1,230 @@
+/* What a layer does beside its matrix products, each in one pass over values that the processor's cache holds.
+ *
+ * Once the weights are read as fast as memory gives them, what is left of a token's time goes into starting
+ * operations: PyTorch takes six for a norm, and two dozen for RoPE, the KV cache and attention. In a prefill the
+ * same operations write and read many temporary values.
+ *
+ * Compiled once for each dtype of the activations, with -DFLOAT32 or -DBFLOAT16; see native.py. Arithmetic is
+ * float32, in the compiler's own vectors of the machine's width.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+
+enum {
+    BLOCK = 64,        /* keys whose scores are held at once */
+    MANY_KEYS = 128,   /* keys of a single token from which on a second core is worth its start */
+    MANY = 16384,      /* values likewise */
+};
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t order __attribute__((vector_size(16)));
+
+#ifdef FLOAT32
+typedef float value;
+INLINE float wide(value v) { return v; }
+INLINE value narrow(float v) { return v; }
+#else
+typedef uint16_t value; /* bfloat16: the upper half of a float32 */
+INLINE float wide(value v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+INLINE value narrow(float v) { /* to the nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+#endif
+
+INLINE floats load(const float *p) {
+    floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* n values as floats: the same memory, or `room` where they must be converted. */
+INLINE const float *widened(const value *p, long n, float *room) {
+#ifdef FLOAT32
+    return p;
+#else
+    for (long i = 0; i < n; i++) room[i] = wide(p[i]);
+    return room;
+#endif
+}
+
+/* y = x / rms(x) * weight for each row of x. x, y: (rows, cols). */
+void rms_norm(const value *x, const value *weight, value *y, long rows, long cols, float eps) {
+#pragma omp parallel for schedule(static) if (rows * cols >= MANY)
+    for (long r = 0; r < rows; r++) {
+        const value *xr = x + r * cols;
+        value *yr = y + r * cols;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (long c = 0; c < cols; c++) squares += wide(xr[c]) * wide(xr[c]);
+        float scale = 1 / sqrtf(squares / cols + eps);
+        for (long c = 0; c < cols; c++) yr[c] = narrow(wide(weight[c]) * wide(narrow(wide(xr[c]) * scale)));
+    }
+}
+
+/* Turn each pair (i, i + D/2) of one head by its angle. */
+INLINE void rotate(const value *x, const value *cos, const value *sin, float *y, long D) {
+    for (long i = 0; i < D / 2; i++) {
+        float x1 = wide(x[i]), x2 = wide(x[i + D / 2]), c = wide(cos[i]), s = wide(sin[i]);
+        y[i] = x1 * c - x2 * s;
+        y[i + D / 2] = x2 * c + x1 * s;
+    }
+}
+
+/* e^x for x <= 0, off by two units in the last place at most; NaN stays NaN. */
+INLINE float exponential(float x) {
+    x = x < -87 ? -87 : x;                      /* beyond, the result would be denormal */
+    float shifted = x * 1.44269504f + 12582912; /* 1.5 * 2^23: the sum's last bits are n = round(x / ln 2) */
+    float n = shifted - 12582912;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* x - n ln 2; the first product is exact */
+    float p = 1.3981999e-3f * r + 8.3334519e-3f;           /* e^r: Taylor's series, its end fitted */
+    p = ((((p * r + 4.1665796e-2f) * r + 1.6666666e-1f) * r + 0.5f) * r + 1) * r + 1;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    float power; /* 2^n */
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+/* y = silu(gate) * up for n values. */
+void swiglu(const value *gate, const value *up, value *y, long n) {
+#pragma omp parallel for simd schedule(static) if (n >= MANY)
+    for (long i = 0; i < n; i++) {
+        float x = wide(gate[i]), e = exponential(-fabsf(x));
+        float silu = (x < 0 ? x * e : x) / (1 + e);
+        y[i] = narrow(wide(narrow(silu)) * wide(up[i]));
+    }
+}
+
+/* The sums over the lanes of four vectors. */
+INLINE four totals(const floats *vectors) {
+    const order low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+    four t[4];
+    for (int i = 0; i < 4; i++) {
+        four parts[LANES / 4];
+        memcpy(parts, vectors + i, sizeof parts);
+        t[i] = parts[0];
+        for (int part = 1; part < LANES / 4; part++) t[i] += parts[part];
+    }
+    four ab = __builtin_shuffle(t[0], t[1], low) + __builtin_shuffle(t[0], t[1], high);
+    four cd = __builtin_shuffle(t[2], t[3], low) + __builtin_shuffle(t[2], t[3], high);
+    return __builtin_shuffle(ab, cd, (order){0, 1, 4, 5}) + __builtin_shuffle(ab, cd, (order){2, 3, 6, 7});
+}
+
+INLINE void ask(const value *p, long from, long to) {
+    for (long i = from; i < to; i += 64 / sizeof(value)) __builtin_prefetch(p + i, 0, 0);
+}
+
+/* One KV head and the G query heads of a token that read it: by blocks of keys, with a softmax that is corrected
+ * as blocks come (Milakov & Gimelshein 2018, arXiv:1805.02867). Memory is asked for the next block meanwhile.
+ * q: (G, D), turned. keys, values: (S, D). z: (G, D). */
+INLINE void attend_head(const float *q, const value *keys, const value *values, value *z, long G, long D,
+                        long S, float scale) {
+    long vectors = D / LANES, share = D / G; /* of a row, for each head to ask for */
+    floats sums[G * vectors];
+    float largest[G], weight[G], key_room[BLOCK * D], value_room[BLOCK * D];
+    memset(sums, 0, sizeof sums);
+    for (long h = 0; h < G; h++) largest[h] = -INFINITY, weight[h] = 0;
+    for (long start = 0; start < S; start += BLOCK) {
+        long n = S - start < BLOCK ? S - start : BLOCK, next = (start + BLOCK) * D;
+        const float *kb = widened(keys + start * D, n * D, key_room);
+        const float *vb = widened(values + start * D, n * D, value_room);
+        for (long h = 0; h < G; h++) {
+            floats qh[vectors], sum[vectors];
+            float p[BLOCK], top = largest[h], added = 0; /* scores, then e^(score - top) */
+            for (long i = 0; i < vectors; i++) qh[i] = load(q + h * D + i * LANES);
+            for (long s = 0; s < n; s += 4) {
+                ask(keys + next, (h * BLOCK + s) * share, (h * BLOCK + s + 4) * share);
+                floats dots[4];
+                for (long j = 0; j < 4; j++) {
+                    const float *key = kb + (s + j < n ? s + j : s) * D;
+                    dots[j] = qh[0] * load(key);
+                    for (long i = 1; i < vectors; i++) dots[j] += qh[i] * load(key + i * LANES);
+                }
+                four scores = totals(dots) * scale;
+                memcpy(p + s, &scores, sizeof scores);
+            }
+            for (long s = n; s < BLOCK; s++) p[s] = -INFINITY;
+#pragma omp simd reduction(max : top)
+            for (long s = 0; s < BLOCK; s++) top = p[s] > top ? p[s] : top;
+#pragma omp simd
+            for (long s = 0; s < BLOCK; s++) p[s] = exponential(p[s] - top);
+            for (long s = n; s < BLOCK; s++) p[s] = 0;
+#pragma omp simd reduction(+ : added)
+            for (long s = 0; s < BLOCK; s++) added += p[s];
+            float before = exponential(largest[h] - top);
+            weight[h] = weight[h] * before + added;
+            largest[h] = top;
+
+            for (long i = 0; i < vectors; i++) sum[i] = sums[h * vectors + i] * before;
+            for (long s = 0; s < n; s += 2) { /* by two: half as many sums wait for each other */
+                ask(values + next, (h * BLOCK + s) * share, (h * BLOCK + s + 2) * share);
+                const float *v0 = vb + s * D, *v1 = s + 1 < n ? v0 + D : v0;
+                for (long i = 0; i < vectors; i++)
+                    sum[i] += p[s] * load(v0 + i * LANES) + p[s + 1] * load(v1 + i * LANES);
+            }
+            for (long i = 0; i < vectors; i++) sums[h * vectors + i] = sum[i];
+        }
+    }
+    for (long h = 0; h < G; h++)
+        for (long i = 0; i < D; i++)
+            z[h * D + i] = narrow(S > 0 ? sums[h * vectors + i / LANES][i % LANES] / weight[h] : 0);
+}
+
+/* Attention of T tokens in each of B rows: turn their queries and keys, store their keys and values in the slots
+ * of their positions, and let each attend to the slots up to its own. A position of -1 is padding: it stores
+ * nothing and gets zeros.
+ *
+ * q: (B, T, H, D), k, v: (B, T, K, D), before RoPE; D a multiple of 16. cos, sin: (B, T, D/2). positions: (B, T).
+ * keys, values: (B, K, slots, D). z: (B, T, H, D). */
+void attend(const value *q, const value *k, const value *v, const value *cos, const value *sin,
+            const int64_t *positions, value *keys, value *values, value *z, long B, long T, long H, long K,
+            long D, long slots, float scale) {
+    long G = H / K;
+#pragma omp parallel if (B * T > 1 || positions[0] >= MANY_KEYS)
+    {
+#pragma omp for schedule(static)
+        for (long bt = 0; bt < B * T; bt++)
+            for (long g = 0; g < K && positions[bt] >= 0; g++) {
+                float turned[D];
+                long slot = ((bt / T * K + g) * slots + positions[bt]) * D;
+                rotate(k + (bt * K + g) * D, cos + bt * D / 2, sin + bt * D / 2, turned, D);
+                for (long i = 0; i < D; i++) keys[slot + i] = narrow(turned[i]);
+                memcpy(values + slot, v + (bt * K + g) * D, D * sizeof(value));
+            }
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < B * K * T; task++) { /* in this order the next one needs the same keys */
+            long t = task % T, g = task / T % K, b = task / T / K, bt = b * T + t, S = positions[bt] + 1;
+            const value *kg = keys + (b * K + g) * slots * D, *vg = values + (b * K + g) * slots * D;
+            value *zg = z + (bt * H + g * G) * D;
+            float turned[G * D];
+            for (long h = 0; h < G; h++)
+                rotate(q + (bt * H + g * G + h) * D, cos + bt * D / 2, sin + bt * D / 2, turned + h * D, D);
+            switch (D) { /* a constant in each, to unroll loops by */
+                case 64: attend_head(turned, kg, vg, zg, G, 64, S, scale); break;
+                case 128: attend_head(turned, kg, vg, zg, G, 128, S, scale); break;
+                default: attend_head(turned, kg, vg, zg, G, D, S, scale);
+            }
+        }
+    }
+}
