@@ -343,7 +343,6 @@ def test_permuted_rows_come_back():
 @pytest.mark.parametrize(("kind", "error"), [("F16", 3e-3), ("Q8_0", 4e-2)])
 def test_llama_cpp_gives_our_logits_on_the_gguf_file(tmp_path, kind, error, tied):
     # It comes with the bench extra alone: pip compiles it, which takes minutes that `make test` must not.
-    # llama.cpp is compiled when it is installed, minutes that the tests' set-up does not ask for.
     pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; make bench-peers does")
     model = tiny_model(**CHANGES, tie_word_embeddings=tied)
     reference_model(model, "eager").save_pretrained(tmp_path)
