@@ -15,6 +15,7 @@ from tests.shapes import TINY, some_ids
 from tinyllama import native
 from tinyllama.activations import capture
 from tinyllama.attention import eager
+from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.fused import FUSED, FusedAttention, fuse
 from tinyllama.model import Llama
@@ -26,6 +27,8 @@ pytestmark = [compiled, pytest.mark.usefixtures("one_thread")]
 DTYPES = (torch.float32, torch.bfloat16)
 # Half a unit in the last place for each of a few roundings.
 UNIT = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7}
+# Tokens that go through the way for many of them, and not in whole panels.
+MANY = 37
 FLAGS = [(), ("-O3",), ("-O3", "-mavx2", "-mfma", "-mf16c"), ("-O1", "-march=native")]
 
 
@@ -72,6 +75,15 @@ def test_swiglu_is_silu_of_gate_times_up(processor, n: int, dtype: torch.dtype):
     assert ((y.double() - exact).abs() <= exact.abs() * UNIT[dtype] + 1e-30).all()
 
 
+def test_results_are_rounded_to_the_nearest_bfloat16():
+    # silu(64) is 64, so this is a product of two bfloat16 numbers, exact before it is rounded; many are ties.
+    up = torch.arange(1, 257).bfloat16().repeat(3)
+    gate = torch.tensor([64.0, 65.0, 67.5]).bfloat16().repeat_interleave(256)
+    exact = gate.float() * up.float()
+    assert torch.equal(native.swiglu(gate, up), exact.bfloat16())
+    assert (exact.view(torch.int32) & 0xFFFF == 0x8000).sum() > 10
+
+
 def attention(q, k, v, cos, sin, positions, keys, values) -> Tensor:
     """In float64, token by token; keys and values as they are after the write."""
     (B, T), (_, K, _, D) = positions.shape, keys.shape
@@ -108,7 +120,7 @@ def assert_attends(given: tuple[Tensor, ...]) -> None:
 @settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 2),
-    st.integers(1, 5),
+    st.sampled_from([1, 2, 5, 32, 33, 70]),
     st.integers(1, 3),
     st.integers(1, 9),
     st.sampled_from([16, 48, 64, 128]),
@@ -120,13 +132,25 @@ def test_it_is_attention_after_rope(dtype: torch.dtype, B: int, T: int, K: int, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_of_processor_attends_alike(processor, dtype: torch.dtype):
-    assert_attends(drawn(1, 3, 2, 4, 64, 70, dtype))
+    for T in (3, MANY):
+        assert_attends(drawn(1, T, 2, 4, 64, 70, dtype))
 
 
-def test_large_scores_do_not_overflow_and_the_last_block_may_hold_the_largest():
-    q, *rest, keys, values = drawn(1, 1, 1, 2, 64, 200, torch.float32)
+@pytest.mark.parametrize("T", [1, MANY])
+def test_large_scores_do_not_overflow_and_the_last_block_may_hold_the_largest(T: int):
+    q, *rest, keys, values = drawn(1, T, 1, 2, 64, 200, torch.float32)
     keys[:, :, 190] *= 100
     assert_attends((30 * q, *rest, keys, values))
+
+
+@pytest.mark.parametrize("T", [1, MANY])
+def test_scores_that_are_all_far_below_zero_have_a_softmax_too(T: int):
+    q, k, v, cos, sin, positions, keys, values = drawn(1, T, 1, 1, 64, 100, torch.float32)
+    q[:], k[:], keys[:] = 10, -10, -10 - keys.abs()  # keys: in the last block, too
+    cos[:], sin[:] = 1, 0
+    given = (q, k, v, cos, sin, positions, keys, values)
+    assert (attention(*given) != 0).all()
+    assert_attends(given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,6 +172,17 @@ def test_new_keys_and_values_go_to_their_slots_and_nothing_else_changes(dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_row_may_begin_with_padding(dtype: torch.dtype):
+    q, k, v, cos, sin, _, keys, values = drawn(2, MANY + 5, 2, 3, 64, 0, dtype)
+    positions = torch.stack([torch.arange(MANY + 5), torch.arange(-5, MANY).clamp(min=-1)])
+    given = (q, k, v, cos, sin, positions, keys, values)
+    unwritten = keys[1, :, MANY:].clone()
+    assert_attends(given)
+    assert torch.equal(keys[1, :, MANY:], unwritten)
+    assert (native.attend(*given)[1, :5] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_has_the_same_bits_alone_among_others_and_on_any_number_of_threads(dtype: torch.dtype):
     # So that a checked guess gives the id that it would have given as a step.
     q, k, v, cos, sin, positions, keys, values = drawn(1, 6, 2, 4, 64, 130, dtype)
@@ -162,11 +197,21 @@ def test_a_token_has_the_same_bits_alone_among_others_and_on_any_number_of_threa
     assert torch.equal(native.attend(q, k, v, cos, sin, positions, keys, values), torch.cat(parts, dim=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_have_the_same_bits_on_any_number_of_threads(dtype: torch.dtype):
+    given = drawn(2, 3 * MANY, 2, 4, 64, 130, dtype)
+    alone = native.attend(*given)
+    torch.set_num_threads(2)
+    assert torch.equal(native.attend(*given), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, MANY])
 @pytest.mark.parametrize("where", ["key", "value", "query"])
-def test_nan_is_not_lost(where: str):
-    q, k, v, cos, sin, positions, keys, values = drawn(1, 1, 1, 1, 64, 10, torch.float32)
+def test_nan_is_not_lost(where: str, T: int, dtype: torch.dtype):
+    q, k, v, cos, sin, positions, keys, values = drawn(1, T, 1, 1, 64, 10, dtype)
     {"key": keys, "value": values, "query": q}[where][..., 3] = torch.nan
-    assert native.attend(q, k, v, cos, sin, positions, keys, values).isnan().any()
+    assert native.attend(q, k, v, cos, sin, positions, keys, values).isnan().any(-1).all()
     x = torch.full((1, 64), torch.nan)
     assert native.swiglu(x, torch.ones(1, 64)).isnan().all()
     assert native.rms_norm(x.bfloat16(), torch.ones(64).bfloat16(), 1e-5).isnan().all()
@@ -244,7 +289,14 @@ def test_only_a_model_s_own_cache_and_dtype_are_written_to_by_compiled_code(monk
     cache.__class__ = type("Mine", (type(cache),), {})
     with torch.no_grad():
         model(some_ids(1, 9), cache)  # someone else's may keep things in another way
+        with pytest.raises(RuntimeError, match="dtype"):  # as without fusing
+            model(some_ids(1, 9), KVCache(model.config, 1, 9, dtype=torch.bfloat16, device="cpu"))
     pass_(model.to(torch.float16))
+
+
+def test_heads_of_an_odd_size_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(native, "attend", never)
+    pass_(fused_model(head_dim=8))
 
 
 def test_a_pass_without_a_cache_gives_the_same():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.shapes import some_ids, tiny_model
-from tinyllama import fast_linear, native
+from tinyllama import native
 from tinyllama.attention import KERNELS, eager
 from tinyllama.cache import KVCache
 from tinyllama.checkpoint import load_model
@@ -99,18 +100,16 @@ def test_without_a_compiler_they_pass_too(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_of_a_text_goes_through_one_product_and_half_through_the_other(kind, monkeypatch):
     vectors = {"matmul": set(), "matvec": set()}
-    matmul, matvec = fast_linear.matmul, native.matvec
 
-    def noted_matmul(x, weight):
-        vectors["matmul"].add(len(x))
-        return matmul(x, weight)
+    def noted(name, right):
+        def product(weight, scales, x):
+            vectors[name].add(x.numel() // x.shape[-1])
+            return right(weight, scales, x)
 
-    def noted_matvec(weight, scales, x):
-        vectors["matvec"].add(x.numel() // x.shape[-1])
-        return matvec(weight, scales, x)
+        return product
 
-    monkeypatch.setattr(fast_linear, "matmul", noted_matmul)
-    monkeypatch.setattr(native, "matvec", noted_matvec)
+    for name in vectors:
+        monkeypatch.setattr(native, name, noted(name, getattr(native, name)))
     one = judged(kind)
     one.run(IDS, ["lm_head"])
     assert vectors == {"matmul": {33}, "matvec": {1, 2, 3, 4, 5, 6, 7}}
@@ -206,10 +205,10 @@ def test_dequantised_weights_are_7_bits_times_a_scale():
 # --- the gate can fail -----------------------------------------------------------------------------------
 
 
-def in_matvec(change: Any) -> AbstractContextManager[Any]:
+def in_product(name: str, change: Any) -> AbstractContextManager[Any]:
     """The compiled product of what `change` makes of weight, scales and x."""
-    right = native.matvec
-    return patch.object(native, "matvec", lambda *given: right(*change(*given)))
+    right = getattr(native, name)
+    return patch.object(native, name, lambda *given: right(*change(*given)))
 
 
 def neighbours_scales(weight: Tensor, scales: Tensor | None, x: Tensor) -> Any:
@@ -226,19 +225,17 @@ def rounded_x(weight: Tensor, scales: Tensor | None, x: Tensor) -> Any:
     return weight, scales, x.bfloat16().float()
 
 
-def neighbours_scales_when_widened() -> AbstractContextManager[Any]:
+@contextmanager
+def neighbours_scales_when_widened() -> Iterator[None]:
+    """Where there is no compiler."""
     right = Int8Linear.widened
 
     def widened(layer: Int8Linear, *part: Any) -> Tensor:
         assert layer.scales is not None
         return right(Int8Linear(layer.weight, layer.scales.roll(1, dims=1)), *part)
 
-    return patch.object(Int8Linear, "widened", widened)
-
-
-def rounded_x_in_matmul() -> AbstractContextManager[Any]:
-    right = fast_linear.matmul
-    return patch.object(fast_linear, "matmul", lambda x, weight: right(x.bfloat16().to(x.dtype), weight))
+    with patch.object(Int8Linear, "widened", widened), patch.object(native, "available", lambda: False):
+        yield
 
 
 def stale_position() -> AbstractContextManager[Any]:
@@ -286,18 +283,19 @@ def gate_and_up_swapped() -> AbstractContextManager[Any]:
 
 Q_PROJ = "layers.0.self_attn.q_proj"
 BUGS = {
-    "a scale of the wrong group": (lambda: in_matvec(neighbours_scales), Q_PROJ, ("int8",)),
-    "the same where a matrix is widened": (neighbours_scales_when_widened, Q_PROJ, ("int8",)),
-    "the last 64 columns left out": (lambda: in_matvec(without_the_last_columns), Q_PROJ, KINDS),
-    "x rounded to bfloat16": (lambda: in_matvec(rounded_x), Q_PROJ, KINDS),
-    "the same for many vectors": (rounded_x_in_matmul, Q_PROJ, KINDS),
+    "a scale of the wrong group": (lambda: in_product("matvec", neighbours_scales), Q_PROJ, ("int8",)),
+    "the same for many vectors": (lambda: in_product("matmul", neighbours_scales), Q_PROJ, ("int8",)),
+    "the same in PyTorch's product": (neighbours_scales_when_widened, Q_PROJ, ("int8",)),
+    "the last 64 columns left out": (lambda: in_product("matvec", without_the_last_columns), Q_PROJ, KINDS),
+    "x rounded to bfloat16": (lambda: in_product("matvec", rounded_x), Q_PROJ, KINDS),
+    "many vectors rounded to bfloat16": (lambda: in_product("matmul", rounded_x), Q_PROJ, KINDS),
     "a stale cache position": (stale_position, "layers.0.self_attn.q_rot", KINDS),
     "a slot not yet written": (stale_visible, "layers.0.self_attn.z", KINDS),
     "a norm of the neighbours": (neighbours_norm, "layers.0.input_layernorm", KINDS),
     "gate and up swapped": (gate_and_up_swapped, "layers.0.mlp.product", KINDS),
 }
-IN_BOTH = ("a norm of the neighbours", "gate and up swapped")
-OF_MATVEC = ("a scale of the wrong group", "the last 64 columns left out", "x rounded to bfloat16")
+IN_BOTH = ("the same in PyTorch's product", "a norm of the neighbours", "gate and up swapped")
+OF_MATMUL = ("the same for many vectors", "many vectors rounded to bfloat16")
 
 
 @needs_compiler
@@ -317,8 +315,7 @@ def test_a_planted_bug_in_a_fast_mode_fails_the_gate_and_is_found(bug, kind):
     assert found.address == address
     # In the product that has the bug: the first pass, or the pieces.
     token = found.place[-2]
-    many = bug in ("the same where a matrix is widened", "the same for many vectors")
-    assert bug in IN_BOTH or (token < 33) == many
+    assert bug in IN_BOTH or (token < 33) == (bug in OF_MATMUL)
     assert one.case().failures == []
 
 

@@ -7,8 +7,6 @@ number is a float32 number, too.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,21 +14,15 @@ from torch.nn import functional as F
 from tinyllama import native
 from tinyllama.native import GROUP
 
-# Up to so many vectors at once go through matvec.c. There its cost is that of reading the weights; with more,
-# PyTorch's matrix-matrix products overtake it, soonest where they need not widen the weights first
+# Up to so many vectors at once go through matvec.c, where their cost is little more than that of reading the
+# weights; more go through matmul.c, or PyTorch's product where the processor multiplies 16-bit numbers itself
 # (python scripts/bench.py --products).
 MOST_VECTORS = 32
 MOST_VECTORS_16_BIT = 12
-# PyTorch's own way to oneDNN's linear function.
-ONEDNN = "_linear_pointwise"
-# What of W is widened at once, little enough to stay in the cache, and what is rounded: while a model loads,
-# larger temporaries leave holes between its tensors, up to a fifth of them.
+# What of W is widened at once for PyTorch's product, little enough to stay in the cache; and what is rounded:
+# while a model loads, larger temporaries leave holes between its tensors, up to a fifth of them.
 ROWS = 512
 ROUNDED_ROWS = 64
-# oneDNN adds up long rows one product after another, with 2.2 times the rounding error of MKL, which over a
-# model is too much; for parts of rows, whose sums are added, it is 1.6 times.
-COLUMNS = 1024
-ALL = slice(None)
 
 
 class FastLinear(nn.Module):
@@ -47,17 +39,18 @@ class FastLinear(nn.Module):
         # Not self.weight: a module looks its tensors up in 0.4 microseconds, and a token needs 155 layers.
         weight, scales = self._parameters["weight"], self._parameters.get("scales")
         assert weight is not None
-        if not self._few(x, weight):
-            return self._matmul(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        if not self._compiled(x, weight):
+            return self._product(x)
+        product = native.matvec if x.numel() <= MOST_VECTORS * self.in_features else native.matmul
         if x.dtype == torch.float32:
-            return native.matvec(weight, scales, x.contiguous())
-        return native.matvec(weight, scales, x.float().contiguous()).to(x.dtype)
+            return product(weight, scales, x.contiguous())
+        return product(weight, scales, x.float().contiguous()).to(x.dtype)
 
-    def _few(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether matvec.c can and should do it."""
-        same = x.dtype == weight.dtype != torch.float32
+    def _compiled(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether compiled code can and should do it."""
+        most = MOST_VECTORS_16_BIT if x.dtype == weight.dtype else MOST_VECTORS
         return (
-            x.numel() <= (MOST_VECTORS_16_BIT if same else MOST_VECTORS) * self.in_features
+            (x.numel() <= most * self.in_features or not native.multiplies(x.dtype))
             and x.is_cpu
             and x.dtype != torch.float64
             and self.in_features % GROUP == 0
@@ -65,25 +58,16 @@ class FastLinear(nn.Module):
             and native.available()
         )
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype != torch.float32:
+    def _product(self, x: Tensor) -> Tensor:
+        """PyTorch's."""
+        if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight)
-        wide = x.dtype.itemsize >= 4  # sums of parts would be rounded to 16 bits one by one
-        columns = [slice(at, at + COLUMNS) for at in range(0, self.in_features, COLUMNS)] if wide else [ALL]
-        parts = [x[:, part].contiguous() for part in columns]
-        y = []
-        for at in range(0, self.out_features, ROWS):
-            rows = slice(at, at + ROWS)
-            products = (
-                matmul(values, self.widened(rows, x.dtype, part))
-                for values, part in zip(parts, columns, strict=True)
-            )
-            y.append(functools.reduce(torch.add, products))
-        return torch.cat(y, dim=1)
+        parts = [slice(at, at + ROWS) for at in range(0, self.out_features, ROWS)]
+        return torch.cat([F.linear(x, self.widened(rows, x.dtype)) for rows in parts], dim=-1)
 
-    def widened(self, rows: slice, dtype: torch.dtype, columns: slice = ALL) -> Tensor:
-        """Part of W in a floating dtype; columns in whole groups."""
-        return self.weight[rows, columns].to(dtype)
+    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of W in a floating dtype."""
+        return self.weight[rows].to(dtype)
 
     def extra_repr(self) -> str:
         """Shape and dtype, for print(model)."""
@@ -101,15 +85,11 @@ class Int8Linear(FastLinear):
         super().__init__(weight)
         self.scales = nn.Parameter(scales, requires_grad=False)
 
-    def widened(self, rows: slice, dtype: torch.dtype, columns: slice = ALL) -> Tensor:
-        """Part of W in a floating dtype; columns in whole groups."""
+    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of W in a floating dtype."""
         assert self.scales is not None
-        groups = self.weight.unflatten(1, (-1, GROUP))[rows, _groups(columns)].to(dtype)
-        return groups.mul_(self.scales[rows, _groups(columns), None].to(dtype)).flatten(1)
-
-
-def _groups(columns: slice) -> slice:
-    return columns if columns == ALL else slice(columns.start // GROUP, columns.stop // GROUP)
+        groups = self.weight[rows].unflatten(1, (-1, GROUP)).to(dtype)
+        return groups.mul_(self.scales[rows, :, None].to(dtype)).flatten(1)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,15 +114,3 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         groups.div_(steps.masked_fill_(steps == 0, 1)).round_().clamp_(-127, 127)
         values[part] = groups.flatten(1)
     return values, scales
-
-
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """(n, in) times (out, in) -> (n, out).
-
-    PyTorch gives float32 to MKL; oneDNN, which it also carries, is twice as fast on an AMD EPYC. The way to
-    it is not part of PyTorch's promised interface, and may be gone some day.
-    """
-    onednn = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if onednn and not x.requires_grad and hasattr(torch.ops.mkldnn, ONEDNN):
-        return getattr(torch.ops.mkldnn, ONEDNN)(x, weight.contiguous(), None, "none", [], "")
-    return F.linear(x, weight)

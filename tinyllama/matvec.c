@@ -8,91 +8,21 @@
  * Compiled once for each dtype of W, with -DFLOAT32, -DBFLOAT16, -DFLOAT16 or -DINT8; see native.py.
  */
 
-#include <stdint.h>
-#include <string.h>
+#include "weights.h"
 
-/* The machine's registers: LANES floats each, and enough of them for the sums of VECTORS vectors. */
+/* How many vectors' sums the registers hold. */
 #if defined(__AVX512F__)
-#include <immintrin.h>
 #define VECTORS 4
-enum { LANES = 16 };
-typedef __m512 floats;
-#define MULTIPLY_ADD(a, b, c) _mm512_fmadd_ps(a, b, c)
-static inline floats from_float32(const float *p) { return _mm512_loadu_ps(p); }
-static inline floats from_bfloat16(const uint16_t *p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-static inline floats from_float16(const uint16_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-static inline floats from_int8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
-#define VECTORS 2
-enum { LANES = 8 };
-typedef __m256 floats;
-#define MULTIPLY_ADD(a, b, c) _mm256_fmadd_ps(a, b, c)
-static inline floats from_float32(const float *p) { return _mm256_loadu_ps(p); }
-static inline floats from_bfloat16(const uint16_t *p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-static inline floats from_float16(const uint16_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-static inline floats from_int8(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-#else /* any other: the compiler finds the instructions */
-#define VECTORS 2
-enum { LANES = 4 };
-typedef float floats __attribute__((vector_size(16)));
-#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
-static inline floats from_float32(const float *p) { return (floats){p[0], p[1], p[2], p[3]}; }
-static inline floats from_int8(const int8_t *p) { return (floats){p[0], p[1], p[2], p[3]}; }
-static inline floats from_bfloat16(const uint16_t *p) {
-    uint32_t bits[4] = {(uint32_t)p[0] << 16, (uint32_t)p[1] << 16, (uint32_t)p[2] << 16, (uint32_t)p[3] << 16};
-    floats values;
-    memcpy(&values, bits, sizeof values);
-    return values;
-}
-#ifdef FLOAT16
-static inline floats from_float16(const uint16_t *p) {
-    _Float16 v[4];
-    memcpy(v, p, sizeof v);
-    return (floats){v[0], v[1], v[2], v[3]};
-}
-#endif
-#endif
-
-#if defined(FLOAT32)
-typedef float stored;
-#define WIDENED from_float32
-#elif defined(BFLOAT16)
-typedef uint16_t stored;
-#define WIDENED from_bfloat16
-#elif defined(FLOAT16)
-typedef uint16_t stored;
-#define WIDENED from_float16
 #else
-typedef int8_t stored;
-#define WIDENED from_int8
-#define SCALED
+#define VECTORS 2
 #endif
 
 enum {
     CHAINS = 4,      /* sums per row: an addition takes four cycles, and four can be under way at once */
-    GROUP = 64,      /* columns that share a scale; the number of columns is a multiple of it */
     BLOCK = 2048,    /* most columns after which sums are totalled: that much of x stays in the first cache */
     TOGETHER = 16,   /* rows that meet one block of several vectors before the next comes */
     AHEAD = 6144,    /* bytes between what is used and what is asked for */
 };
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 4")
 
 typedef float four __attribute__((vector_size(16)));
 
@@ -112,21 +42,11 @@ INLINE void dots(const stored *w, const uint16_t *scales, const float *x, float 
     for (long group = 0; group < part; group += GROUP) {
         if (from <= group && group < to)
             for (int i = 0; i < GROUP; i += 64 / sizeof(stored)) __builtin_prefetch(next + group + i, 0, 0);
-#ifdef SCALED
-        uint32_t bits = (uint32_t)scales[group / GROUP] << 16;
-        float scale;
-        memcpy(&scale, &bits, sizeof scale);
-#endif
+        float scale = scale_of(scales, group);
         for (long c = group; c < group + GROUP; c += CHAINS * LANES)
             UNROLL for (int i = 0; i < CHAINS; i++) {
-                floats weights = WIDENED(w + c + i * LANES);
-#ifdef SCALED
-                weights *= scale;
-#endif
-                UNROLL for (int k = 0; k < n; k++) {
-                    floats values = from_float32(x + k * cols + c + i * LANES);
-                    sums[k][i] = MULTIPLY_ADD(weights, values, sums[k][i]);
-                }
+                floats weights = widened(w + c + i * LANES) * scale;
+                UNROLL for (int k = 0; k < n; k++) sums[k][i] += weights * load(x + k * cols + c + i * LANES);
             }
     }
     UNROLL for (int k = 0; k < n; k++) y[k * rows] += total(sums[k]);

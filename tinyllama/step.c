@@ -9,26 +9,16 @@
  */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+#include "vectors.h"
 
 enum {
     BLOCK = 64,        /* keys whose scores are held at once */
+    FEW = 32,          /* tokens in a row, up to which each has the bits that it has alone */
     MANY_KEYS = 128,   /* keys of a single token from which on a second core is worth its start */
     MANY = 16384,      /* values likewise */
 };
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t order __attribute__((vector_size(16)));
 
@@ -44,18 +34,12 @@ INLINE float wide(value v) {
     memcpy(&result, &bits, sizeof result);
     return result;
 }
-INLINE value narrow(float v) { /* to the nearest, ties to even; NaN stays NaN */
+INLINE value narrow(float v) { /* to the nearest, ties to even; a NaN made of bfloat16 has no lower half */
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
-    return v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 #endif
-
-INLINE floats load(const float *p) {
-    floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 /* n values as floats: the same memory, or `room` where they must be converted. */
 INLINE const float *widened(const value *p, long n, float *room) {
@@ -191,6 +175,58 @@ INLINE void attend_head(const float *q, const value *keys, const value *values, 
             z[h * D + i] = narrow(S > 0 ? sums[h * vectors + i / LANES][i % LANES] / weight[h] : 0);
 }
 
+/* PANEL queries of one KV head, one in each lane: a softmax goes down the lanes, and both products are those of
+ * small matrices. The queries of a row's tokens come one after another: query i is head i % G of token i / G.
+ * q, z: (T, H, D), from the first head on. cos, sin: (T, D/2). positions: (T,). keys, values: (slots, D). */
+static void attend_panel(const value *q, const value *cos, const value *sin, const int64_t *positions,
+                         const value *keys, const value *values, value *z, long first, long T, long H, long G,
+                         long D, float scale) {
+    float queries[D * PANEL], sums[D * PANEL], scores[BLOCK * PANEL], key_room[BLOCK * D], value_room[BLOCK * D];
+    float largest[PANEL], weight[PANEL], before[PANEL];
+    int last[PANEL], S = 0; /* the last slot that each lane sees */
+    for (long lane = 0; lane < PANEL; lane++) {
+        long i = first + lane < T * G ? first + lane : T * G - 1, t = i / G;
+        float turned[D];
+        rotate(q + (t * H + i % G) * D, cos + t * D / 2, sin + t * D / 2, turned, D);
+        for (long d = 0; d < D; d++) queries[d * PANEL + lane] = turned[d] * scale;
+        last[lane] = positions[t];
+        if (S <= last[lane]) S = last[lane] + 1;
+        largest[lane] = -INFINITY, weight[lane] = 0;
+    }
+    memset(sums, 0, sizeof sums);
+    for (int start = 0; start < S; start += BLOCK) {
+        int n = S - start < BLOCK ? S - start : BLOCK;
+        for (long i = 0; i < n * D; i++) key_room[i] = wide(keys[start * D + i]);
+        for (long i = 0; i < n * D; i++) value_room[i] = wide(values[start * D + i]);
+        memset(scores, 0, sizeof scores);
+        for (long s = 0; s < n; s += TILE) add_product(key_room + s * D, D, 1, queries, scores + s * PANEL, PANEL, D);
+        memcpy(before, largest, sizeof before);
+        for (int s = 0; s < n; s++)
+            for (long lane = 0; lane < PANEL; lane++) {
+                float score = start + s <= last[lane] ? scores[s * PANEL + lane] : -INFINITY;
+                largest[lane] = score > largest[lane] ? score : largest[lane];
+            }
+        for (long lane = 0; lane < PANEL; lane++) {
+            before[lane] = exponential(before[lane] - largest[lane]);
+            weight[lane] *= before[lane];
+        }
+        for (int s = 0; s < n; s++)
+            for (long lane = 0; lane < PANEL; lane++) {
+                float p = exponential(scores[s * PANEL + lane] - largest[lane]);
+                scores[s * PANEL + lane] = start + s <= last[lane] ? p : 0;
+                weight[lane] += scores[s * PANEL + lane];
+            }
+        for (long d = 0; d < D; d++)
+            for (long lane = 0; lane < PANEL; lane++) sums[d * PANEL + lane] *= before[lane];
+        for (long d = 0; d < D; d += TILE) add_product(value_room + d, 1, D, scores, sums + d * PANEL, PANEL, n);
+    }
+    for (long lane = 0; lane < PANEL && first + lane < T * G; lane++) {
+        value *to = z + ((first + lane) / G * H + (first + lane) % G) * D;
+        float share = 1 / weight[lane];
+        for (long d = 0; d < D; d++) to[d] = narrow(last[lane] < 0 ? 0 : sums[d * PANEL + lane] * share);
+    }
+}
+
 /* Attention of T tokens in each of B rows: turn their queries and keys, store their keys and values in the slots
  * of their positions, and let each attend to the slots up to its own. A position of -1 is padding: it stores
  * nothing and gets zeros.
@@ -212,18 +248,26 @@ void attend(const value *q, const value *k, const value *v, const value *cos, co
                 for (long i = 0; i < D; i++) keys[slot + i] = narrow(turned[i]);
                 memcpy(values + slot, v + (bt * K + g) * D, D * sizeof(value));
             }
+        long tasks = T > FEW ? (T * G + PANEL - 1) / PANEL : T; /* for each KV head of each row */
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < B * K * T; task++) { /* in this order the next one needs the same keys */
-            long t = task % T, g = task / T % K, b = task / T / K, bt = b * T + t, S = positions[bt] + 1;
+        for (long task = 0; task < B * K * tasks; task++) { /* in this order the next one needs the same keys */
+            long b = task / tasks / K, g = task / tasks % K, head = (b * T * H + g * G) * D;
             const value *kg = keys + (b * K + g) * slots * D, *vg = values + (b * K + g) * slots * D;
-            value *zg = z + (bt * H + g * G) * D;
+            const value *cos_b = cos + b * T * D / 2, *sin_b = sin + b * T * D / 2;
+            if (T > FEW) {
+                attend_panel(q + head, cos_b, sin_b, positions + b * T, kg, vg, z + head, task % tasks * PANEL, T, H,
+                             G, D, scale);
+                continue;
+            }
+            long t = task % T, S = positions[b * T + t] + 1;
+            value *zt = z + head + t * H * D;
             float turned[G * D];
             for (long h = 0; h < G; h++)
-                rotate(q + (bt * H + g * G + h) * D, cos + bt * D / 2, sin + bt * D / 2, turned + h * D, D);
+                rotate(q + head + (t * H + h) * D, cos_b + t * D / 2, sin_b + t * D / 2, turned + h * D, D);
             switch (D) { /* a constant in each, to unroll loops by */
-                case 64: attend_head(turned, kg, vg, zg, G, 64, S, scale); break;
-                case 128: attend_head(turned, kg, vg, zg, G, 128, S, scale); break;
-                default: attend_head(turned, kg, vg, zg, G, D, S, scale);
+                case 64: attend_head(turned, kg, vg, zt, G, 64, S, scale); break;
+                case 128: attend_head(turned, kg, vg, zt, G, 128, S, scale); break;
+                default: attend_head(turned, kg, vg, zt, G, D, S, scale);
             }
         }
     }

@@ -16,7 +16,7 @@ from tinyllama import native
 from tinyllama.bench.limits import timed
 from tinyllama.bench.ours import weight_bytes
 from tinyllama.bench.tables import heading, table
-from tinyllama.fast_linear import FastLinear, Int8Linear, matmul, quantise
+from tinyllama.fast_linear import FastLinear, quantise
 from tinyllama.linear import Linear
 
 Figures = dict[str, Any]
@@ -37,31 +37,16 @@ class _Functional(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 
-class _OneDNN(_Functional):
-    """PyTorch's way to oneDNN."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return matmul(x, self.weight)
-
-
 class _Compiled(FastLinear):
-    """matvec.c for any number of vectors."""
+    """One of the two compiled products, for any number of vectors."""
+
+    def __init__(self, name: str, weight: Tensor, scales: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.name = name
+        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return native.matvec(self.weight, self.scales, x)
-
-
-class _CompiledInt8(Int8Linear):
-    """The same in 8 bits."""
-
-    forward = _Compiled.forward
-
-
-class _Widened(FastLinear):
-    """Some rows at a time widened to float32 for oneDNN."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._matmul(x)
+        return getattr(native, self.name)(self.weight, self.scales, x)
 
 
 def _plain(weight: Tensor) -> nn.Module:
@@ -73,13 +58,14 @@ def _plain(weight: Tensor) -> nn.Module:
 WAYS: dict[str, Callable[[Tensor], nn.Module]] = {
     "float32, F.linear": _Functional,
     "float32, linear.py": _plain,
-    "float32, oneDNN": _OneDNN,
-    "float32, matvec.c": _Compiled,
+    "float32, matvec.c": partial(_Compiled, "matvec"),
+    "float32, matmul.c": partial(_Compiled, "matmul"),
     "bfloat16, F.linear": lambda weight: _Functional(weight.bfloat16()),
     "float16, F.linear": lambda weight: _Functional(weight.half()),
-    "bfloat16 weights, matvec.c": lambda weight: _Compiled(weight.bfloat16()),
-    "bfloat16 weights, widened for oneDNN": lambda weight: _Widened(weight.bfloat16()),
-    "int8 weights, matvec.c": lambda weight: _CompiledInt8(*quantise(weight)),
+    "bfloat16 weights, matvec.c": lambda weight: _Compiled("matvec", weight.bfloat16()),
+    "bfloat16 weights, matmul.c": lambda weight: _Compiled("matmul", weight.bfloat16()),
+    "int8 weights, matvec.c": lambda weight: _Compiled("matvec", *quantise(weight)),
+    "int8 weights, matmul.c": lambda weight: _Compiled("matmul", *quantise(weight)),
 }
 
 

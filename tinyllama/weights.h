@@ -1,0 +1,68 @@
+/* Weights as they are kept, and how they become floats: one of -DFLOAT32, -DBFLOAT16, -DFLOAT16 and -DINT8. */
+
+#include "vectors.h"
+
+enum { GROUP = 64 }; /* columns of a row that share a scale in 8 bits; the number of columns is a multiple */
+
+#if defined(FLOAT32)
+typedef float stored;
+#elif defined(INT8)
+typedef int8_t stored;
+#else
+typedef uint16_t stored;
+#endif
+
+#if defined(FLOAT32)
+INLINE floats widened(const stored *p) { return load(p); }
+#elif defined(__AVX512F__)
+#include <immintrin.h>
+INLINE floats widened(const stored *p) {
+#if defined(BFLOAT16)
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (floats)_mm512_slli_epi32(wide, 16);
+#elif defined(FLOAT16)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#endif
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+INLINE floats widened(const stored *p) {
+#if defined(BFLOAT16)
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (floats)_mm256_slli_epi32(wide, 16);
+#elif defined(FLOAT16)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#endif
+}
+#else /* any other: the compiler finds the instructions */
+INLINE floats widened(const stored *p) {
+#if defined(BFLOAT16)
+    uint32_t bits[LANES] = {(uint32_t)p[0] << 16, (uint32_t)p[1] << 16, (uint32_t)p[2] << 16, (uint32_t)p[3] << 16};
+    floats values;
+    memcpy(&values, bits, sizeof values);
+    return values;
+#elif defined(FLOAT16)
+    _Float16 v[LANES];
+    memcpy(v, p, sizeof v);
+    return (floats){v[0], v[1], v[2], v[3]};
+#else
+    return (floats){p[0], p[1], p[2], p[3]};
+#endif
+}
+#endif
+
+/* What the weights of the group at a column are multiplied with; a row's scales are bfloat16. */
+INLINE float scale_of(const uint16_t *scales, long column) {
+#ifdef INT8
+    uint32_t bits = (uint32_t)scales[column / GROUP] << 16;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
+#else
+    return (void)scales, (void)column, 1;
+#endif
+}
