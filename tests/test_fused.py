@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.shapes import TINY, some_ids
 from tinyllama import native
-from tinyllama.activations import capture
+from tinyllama.activations import capture, patch
 from tinyllama.attention import eager
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.fused import FUSED, FusedAttention, fuse
-from tinyllama.model import Llama
+from tinyllama.linear import Linear
+from tinyllama.model import Block, Llama
+from tinyllama.parity.fast import fast_layers
 from tinyllama.parity.fixture import unit_gain_
 from tinyllama.rope import rotate
 
@@ -303,3 +306,115 @@ def test_a_pass_without_a_cache_gives_the_same():
     model = fused_model()
     with torch.no_grad():
         torch.testing.assert_close(model(some_ids(1, 5)), pass_(model, 5), atol=1e-4, rtol=1e-4)
+
+
+# --- a whole layer in one call ---------------------------------------------------------------------------
+
+
+def fast_model(kind: str = "same", dtype: torch.dtype = torch.float32) -> Llama:
+    model = fused_model(intermediate_size=192).to(dtype)
+    for path, layer in fast_layers(model, kind).items():
+        model.set_submodule(path, layer)
+    return model
+
+
+def steps(model: Llama, rows: int = 2) -> Tensor:
+    """A prefill of 37 tokens, of which one row has 35, then four steps; the logits of all."""
+    cache, ids = model.new_cache(rows, 42), some_ids(rows, 41)
+    start = torch.arange(MANY).repeat(rows, 1)
+    start[-1] = (start[-1] - 2).clamp(min=-1)
+    with torch.no_grad():
+        logits = [model(ids[:, :MANY], cache, start)]
+        for t in range(MANY, 41):
+            logits.append(model(ids[:, t : t + 1], cache, start[:, -1:] + t + 1 - MANY))
+    return torch.cat(logits, dim=1)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many tokens each compiled layer was given."""
+    given = []
+    right = native.layer
+
+    def layer(x: Tensor, *rest: Any) -> Tensor:
+        given.append(x.shape[0] * x.shape[1])
+        return right(x, *rest)
+
+    monkeypatch.setattr(native, "layer", layer)
+    return given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["same", "int8"])
+def test_a_layer_in_one_call_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype, calls):
+    model = fast_model(kind, dtype)
+    whole = steps(model)
+    layers = len(model.layers)
+    assert calls == 4 * layers * [2]  # not the prefill
+    for block in model.layers:
+        block.__class__ = Block
+    assert torch.equal(steps(model), whole)
+    assert len(calls) == 4 * layers
+
+
+@pytest.mark.parametrize("flags", FLAGS[1:], ids=" ".join)
+def test_every_kind_of_processor_computes_a_layer_alike(flags: tuple[str, ...], monkeypatch):
+    if "-mavx2" in flags and "avx2" not in native.CPUINFO.read_text():
+        pytest.skip("this machine has no AVX2")
+    here = steps(fast_model())
+    monkeypatch.setattr(native, "FLAGS", (*flags, "-fPIC", "-fopenmp"))
+    forget()
+    try:
+        torch.testing.assert_close(steps(fast_model()), here, atol=1e-4, rtol=1e-4)
+    finally:
+        forget()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+        *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_rot", "k_rot", "z", "o_proj")),
+        *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "product", "down_proj")),
+    ],
+)
+def test_whoever_listens_inside_a_layer_hears_it(address: str, calls):
+    model = fast_model()
+    whole = steps(model)
+    calls.clear()
+    with capture(model, f"layers.1.{address}".rstrip(".")) as values:
+        steps(model)
+    assert len(values) == 1
+    # Not in the first layer, which `capture` asks about memory; and a layer's own result is known anyway.
+    assert len(calls) == 4 * (len(model.layers) - 1 - (address != ""))
+    with patch(model, {f"layers.1.{address}".rstrip("."): torch.zeros_like}):
+        assert not torch.equal(steps(model), whole)
+
+
+def zeros(x: Tensor, *_: object) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_what_is_put_in_place_of_a_part_is_used(calls):
+    whole = steps(fast_model())
+    for change in (
+        lambda block: setattr(block.mlp, "forward", zeros),
+        lambda block: setattr(block.self_attn.z, "forward", zeros),
+        lambda block: setattr(block, "mlp", nn.Identity()),
+        lambda block: setattr(block.mlp, "down_proj", Linear(*block.mlp.down_proj.weight.shape[::-1])),
+        lambda block: setattr(block.self_attn, "kernel", eager),
+        lambda block: block.input_layernorm.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+        lambda block: setattr(block.mlp.up_proj, "weight", nn.Parameter(block.mlp.up_proj.weight.bfloat16())),
+        lambda block: setattr(block.input_layernorm, "eps", 10.0),
+        lambda block: block.mlp.up_proj.weight.data.zero_(),
+    ):
+        model = fast_model()
+        change(model.layers[2])
+        assert not torch.equal(steps(model), whole)
+
+
+def test_gradients_and_many_tokens_are_left_to_the_parts(monkeypatch):
+    monkeypatch.setattr(native, "layer", never)
+    model = fast_model()
+    assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad
+    pass_(model, MANY)

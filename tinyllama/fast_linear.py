@@ -39,14 +39,14 @@ class FastLinear(nn.Module):
         # Not self.weight: a module looks its tensors up in 0.4 microseconds, and a token needs 155 layers.
         weight, scales = self._parameters["weight"], self._parameters.get("scales")
         assert weight is not None
-        if not self._compiled(x, weight):
+        if not self.compiled(x, weight):
             return self._product(x)
         product = native.matvec if x.numel() <= MOST_VECTORS * self.in_features else native.matmul
         if x.dtype == torch.float32:
             return product(weight, scales, x.contiguous())
         return product(weight, scales, x.float().contiguous()).to(x.dtype)
 
-    def _compiled(self, x: Tensor, weight: Tensor) -> bool:
+    def compiled(self, x: Tensor, weight: Tensor) -> bool:
         """Whether compiled code can and should do it."""
         most = MOST_VECTORS_16_BIT if x.dtype == weight.dtype else MOST_VECTORS
         return (

@@ -6,13 +6,16 @@ but plain passes on a CPU: gradients, other kernels, values that someone reads o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tinyllama import native
-from tinyllama.attention import Attention, Visibility, sdpa
+from tinyllama.attention import Attention, Tap, Visibility, sdpa
 from tinyllama.cache import KVCache
-from tinyllama.model import MLP, RMSNorm
+from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear
+from tinyllama.model import MLP, Block, RMSNorm
 
 
 class FusedRMSNorm(RMSNorm):
@@ -20,10 +23,15 @@ class FusedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis; (..., C) -> (..., C)."""
-        weight = self.weight
-        if not _plain(x) or x.dtype != weight.dtype or (torch.is_grad_enabled() and weight.requires_grad):
+        if not _plain(x) or not self.fits(x):
             return super().forward(x)
-        return native.rms_norm(x.contiguous(), weight, self.eps)
+        return native.rms_norm(x.contiguous(), self.weight, self.eps)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether compiled code computes what is asked for."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return x.dtype == weight.dtype and not (weight.requires_grad and torch.is_grad_enabled())
 
 
 class FusedMLP(MLP):
@@ -43,22 +51,68 @@ class FusedAttention(Attention):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
     ) -> Tensor:
         """Let each token gather from those it sees; arguments and result as in `Attention`."""
-        if cache is None or not _plain(x) or not self._fits(x, cache):
+        heard = any(tap._forward_hooks for tap in (self.q_rot, self.k_rot, self.scores, self.pattern))
+        if heard or cache is None or not _plain(x) or not self.fits(x, cache):
             return super().forward(x, rotation, visible, cache)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         positions = visible.query_positions.contiguous()
         z = native.attend(q, k, v, *rotation, positions, cache.keys[self.layer], cache.values[self.layer])
         return self.o_proj(self.z(z.transpose(1, 2)).transpose(1, 2).flatten(2))
 
-    def _fits(self, x: Tensor, cache: KVCache) -> bool:
+    def fits(self, x: Tensor, cache: KVCache) -> bool:
+        """Whether compiled code computes what is asked for."""
         return (
             self.kernel is sdpa
             and type(cache) is KVCache
             and cache.keys.dtype == x.dtype
             and self.head_dim % native.LANES == 0
-            # Nobody asks for what is not computed apart.
-            and not any(tap._forward_hooks for tap in (self.q_rot, self.k_rot, self.scores, self.pattern))
         )
+
+
+class FusedBlock(Block):
+    """For a few tokens, the whole layer in one call: else Python takes a while to start each of its parts."""
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        """Add to the residual stream; arguments and result as in `Block`."""
+        parts = None if cache is None else self._parts(x, cache)
+        if cache is None or parts is None:
+            return super().forward(x, rotation, visible, cache)
+        layer, norms, matrices = parts
+        positions = visible.query_positions.contiguous()
+        return native.layer(
+            x.contiguous(), norms, matrices, *rotation, positions, cache.keys[layer], cache.values[layer]
+        )
+
+    def _parts(
+        self, x: Tensor, cache: KVCache
+    ) -> tuple[int, list[tuple[Tensor, float]], list[tuple[Tensor, Tensor | None]]] | None:
+        """Its number, norms and matrices; None where it has to be computed part by part."""
+        if x.numel() > MOST_VECTORS * x.shape[-1] or not _plain(x):
+            return None
+        # Not by attribute: a module looks its parts up in 0.4 microseconds each, and a token needs hundreds.
+        attention, mlp = self._modules["self_attn"], self._modules["mlp"]
+        assert attention is not None
+        assert mlp is not None
+        inside: dict[str, Any] = {**self._modules, **attention._modules, **mlp._modules}
+        # Nobody listens to anything inside, and nothing has been put in another's place.
+        for module in inside.values():
+            heard = module._forward_hooks or module._forward_pre_hooks
+            if heard or type(module) not in OURS or "forward" in module.__dict__:
+                return None
+        norms, layers = [inside[name] for name in NORMS], [inside[name] for name in MATRICES]
+        matrices = [(layer._parameters["weight"], layer._parameters.get("scales")) for layer in layers]
+        dtype = matrices[0][0].dtype
+        if not (
+            inside["self_attn"].fits(x, cache)
+            and layers[0].compiled(x, matrices[0][0])
+            and all(layer.in_features % native.GROUP == 0 for layer in layers)
+            and all(weight.dtype == dtype for weight, _ in matrices)
+            and all(norm.fits(x) for norm in norms)
+        ):
+            return None
+        return inside["self_attn"].layer, [(norm._parameters["weight"], norm.eps) for norm in norms], matrices
 
 
 def _plain(x: Tensor) -> bool:
@@ -70,11 +124,16 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     RMSNorm: FusedRMSNorm,
     MLP: FusedMLP,
     Attention: FusedAttention,
+    Block: FusedBlock,
 }
+# What a layer that is computed in one call consists of; its norms and matrices, in the order of native.layer.
+OURS = {*FUSED.values(), FastLinear, Int8Linear, Tap}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def fuse(model: nn.Module) -> None:
-    """Let a model's norms, MLPs and attentions be fused, in place, where there is a C compiler."""
+    """Let a model's layers, and the modules they are made of, be fused where there is a C compiler."""
     if native.available():
         for module in model.modules():
             module.__class__ = FUSED.get(type(module), type(module))

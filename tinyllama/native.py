@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, list[type[Any]]] = {
     "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
     "attend": [_POINTER] * 9 + [_LONG] * 6 + [_FLOAT],
     "swiglu": [_POINTER] * 3 + [_LONG],
+    "layer": [_POINTER] * 13 + [_LONG] * 8 + [_POINTER, _FLOAT],
 }
 
 
@@ -170,6 +171,56 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
     _operation("swiglu", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
     return y
+
+
+def layer(
+    x: Tensor,
+    norms: Sequence[tuple[Tensor, float]],
+    matrices: Sequence[tuple[Tensor, Tensor | None]],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """A decoder layer for a few tokens, with the bits of `rms_norm`, `matvec`, `attend` and `swiglu` in turn.
+
+    Args:
+        x: (B, T, C), contiguous, in float32 or bfloat16.
+        norms: weight and eps of the one before attention and of the one before the MLP.
+        matrices: weight and scales, as for `matvec`, of q, k, v, o, gate, up and down; all in one dtype.
+        cos: as for `attend`, and so are the rest.
+        sin: likewise.
+        positions: likewise.
+        keys: likewise.
+        values: likewise.
+
+    Returns:
+        (B, T, C), the residual stream after it.
+    """
+    (B, T, C), (_, K, slots, D), y = x.shape, keys.shape, torch.empty_like(x)
+    weights = [weight for weight, _ in matrices]
+    width, F = len(weights[0]), len(weights[4])
+    room = x.new_empty(B * T, 2 * (C + width + K * D + F))
+    wider = torch.empty(0 if x.dtype == torch.float32 else 2 * B * T * max(C, width, F))
+    _operation("layer", x.dtype)(
+        _matvec(weights[0].dtype),
+        *[tensor.data_ptr() for tensor in (x, y, room, wider)],
+        (_POINTER * 2)(*[weight.data_ptr() for weight, _ in norms]),
+        (_POINTER * 7)(*[weight.data_ptr() for weight in weights]),
+        (_POINTER * 7)(*[None if scales is None else scales.data_ptr() for _, scales in matrices]),
+        *[tensor.data_ptr() for tensor in (cos, sin, positions, keys, values)],
+        *(B, T, C, width // D, K, D, F, slots),
+        (_FLOAT * 2)(*[eps for _, eps in norms]),
+        D**-0.5,
+    )
+    return y
+
+
+@cache
+def _matvec(dtype: torch.dtype) -> int | None:
+    """Where the function for weights of that dtype is."""
+    return ctypes.cast(_library("matvec", dtype)["matvec"], _POINTER).value
 
 
 @cache

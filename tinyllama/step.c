@@ -17,6 +17,7 @@ enum {
     FEW = 32,          /* tokens in a row, up to which each has the bits that it has alone */
     MANY_KEYS = 128,   /* keys of a single token from which on a second core is worth its start */
     MANY = 16384,      /* values likewise */
+    PART = 1024,       /* of them for a core at a time */
 };
 
 typedef float four __attribute__((vector_size(16)));
@@ -92,12 +93,14 @@ INLINE float exponential(float x) {
 
 /* y = silu(gate) * up for n values. */
 void swiglu(const value *gate, const value *up, value *y, long n) {
-#pragma omp parallel for simd schedule(static) if (n >= MANY)
-    for (long i = 0; i < n; i++) {
-        float x = wide(gate[i]), e = exponential(-fabsf(x));
-        float silu = (x < 0 ? x * e : x) / (1 + e);
-        y[i] = narrow(wide(narrow(silu)) * wide(up[i]));
-    }
+#pragma omp parallel for schedule(static) if (n >= MANY)
+    for (long start = 0; start < n; start += PART) /* with `parallel for simd` GCC 12 makes scalar code of it */
+#pragma omp simd
+        for (long i = start; i < (start + PART < n ? start + PART : n); i++) {
+            float x = wide(gate[i]), e = exponential(-fabsf(x));
+            float silu = (x < 0 ? x * e : x) / (1 + e);
+            y[i] = narrow(wide(narrow(silu)) * wide(up[i]));
+        }
 }
 
 /* The sums over the lanes of four vectors. */
@@ -271,4 +274,47 @@ void attend(const value *q, const value *k, const value *v, const value *cos, co
             }
         }
     }
+}
+
+typedef void matvec(const void *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n);
+
+/* A product with few vectors; `wider` has room for both in float32. */
+static void multiply(matvec *by, const void *w, const uint16_t *scales, const value *x, value *y, float *wider,
+                     long rows, long cols, long n) {
+#ifdef FLOAT32
+    (void)wider;
+    by(w, scales, x, y, rows, cols, n);
+#else
+    for (long i = 0; i < n * cols; i++) wider[i] = wide(x[i]);
+    by(w, scales, wider, wider + n * cols, rows, cols, n);
+    for (long i = 0; i < n * rows; i++) y[i] = narrow(wider[n * cols + i]);
+#endif
+}
+
+/* A decoder layer for T tokens in each of B rows, so few that `by`, of matvec.c, is best at their products.
+ * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. wider: for twice the largest of C,
+ * H D and F; not used in float32. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest as in
+ * `attend`. */
+void layer(matvec *by, const value *x, value *y, value *room, float *wider, const value *const *norms,
+           const void *const *w, const uint16_t *const *scales, const value *cos, const value *sin,
+           const int64_t *positions, value *keys, value *values, long B, long T, long C, long H, long K, long D,
+           long F, long slots, const float *eps, float scale) {
+    long n = B * T;
+    value *normed = room, *added = normed + n * C, *q = added + n * C, *z = q + n * H * D, *k = z + n * H * D,
+          *v = k + n * K * D, *gate = v + n * K * D, *up = gate + n * F;
+
+    rms_norm(x, norms[0], normed, n, C, eps[0]);
+    multiply(by, w[0], scales[0], normed, q, wider, H * D, C, n);
+    multiply(by, w[1], scales[1], normed, k, wider, K * D, C, n);
+    multiply(by, w[2], scales[2], normed, v, wider, K * D, C, n);
+    attend(q, k, v, cos, sin, positions, keys, values, z, B, T, H, K, D, slots, scale);
+    multiply(by, w[3], scales[3], z, added, wider, C, H * D, n);
+    for (long i = 0; i < n * C; i++) y[i] = narrow(wide(x[i]) + wide(added[i]));
+
+    rms_norm(y, norms[1], normed, n, C, eps[1]);
+    multiply(by, w[4], scales[4], normed, gate, wider, F, C, n);
+    multiply(by, w[5], scales[5], normed, up, wider, F, C, n);
+    swiglu(gate, up, gate, n * F);
+    multiply(by, w[6], scales[6], gate, added, wider, C, F, n);
+    for (long i = 0; i < n * C; i++) y[i] = narrow(wide(y[i]) + wide(added[i]));
 }

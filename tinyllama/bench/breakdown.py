@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tinyllama.bench.ours import EMBEDDING, Ours, cached_bytes, weight_bytes
 from tinyllama.cache import KVCache
-from tinyllama.fused import FusedAttention
+from tinyllama.fused import FusedAttention, FusedBlock
+from tinyllama.model import Block
 
 Figures = dict[str, Any]
 
@@ -133,37 +134,54 @@ def watched(model: nn.Module, cache: KVCache, clock: Clock) -> Iterator[None]:
             cache.__class__ = plain
 
 
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Let every layer be computed part by part, as it is while the clock listens to its parts."""
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Block):
+                hooks.enter_context(module.mlp.product.register_forward_hook(lambda *_: None))
+        yield
+
+
 def breakdown(
     subject: Ours, context: int, steps: int, rounds: int, bandwidth: Callable[[], float]
 ) -> Figures:
     """Time the operations of decode steps at a context, and whole steps without a clock, in turn.
 
-    The operations and what is left of a whole step, `between the operations`, sum to it.
+    The operations and what is left, `between the operations`, sum to a step that is computed part by part.
 
     Returns:
-        `step`, seconds of a step without the clock; `with_clock`, of one with it; `bandwidth`; `bytes` of the
-        step; and `operations`: name, seconds, bytes that it must read, and seconds that reading them takes.
+        `step`, seconds of a step as it is, and `compiled`, whether compiled code takes its layers whole;
+        `apart`, of one that is computed part by part; `with_clock`, of one that the clock listens to;
+        `bandwidth`; `bytes` of the step; and `operations`: name, seconds, bytes that it must read, and how
+        long reading them takes.
     """
     plain: list[float] = []
+    by_parts: list[float] = []
     timed: list[dict[str, float]] = []
     read: list[float] = []
     for turn in range(rounds + 1):
         read.append(bandwidth())
-        tokens = subject.stream(context, steps, subject.filled_cache(context + steps + 1))
-        deque(tokens, maxlen=0)
+        steps_taken = _steps(subject, context, steps)
+        with apart(subject.model):
+            steps_apart = _steps(subject, context, steps)
         watched_steps = _watch(subject, context, steps)
         if turn:  # the first round warms up
-            plain += tokens.seconds[1:]
+            plain += steps_taken
+            by_parts += steps_apart
             timed += watched_steps
-    step, speed = median(plain), median(read[1:])
+    speed, whole = median(read[1:]), median(by_parts)
     names = sorted({name for seconds in timed for name in seconds} - {BETWEEN}, key=_place)
     middle = {name: median(seconds.get(name, 0.0) for seconds in timed) for name in names}
-    middle[BETWEEN] = step - sum(middle.values())
+    middle[BETWEEN] = whole - sum(middle.values())
     needed = bytes_by_operation(subject, context)
     return {
         "subject": subject.name,
         "context": context,
-        "step": step,
+        "step": median(plain),
+        "compiled": any(isinstance(module, FusedBlock) for module in subject.model.modules()),
+        "apart": whole,
         "with_clock": median(sum(seconds.values()) for seconds in timed),
         "bandwidth": speed,
         "bytes": sum(needed.values()),
@@ -177,6 +195,13 @@ def breakdown(
             for name, seconds in middle.items()
         ],
     }
+
+
+def _steps(subject: Ours, context: int, steps: int) -> list[float]:
+    """Seconds of each step."""
+    tokens = subject.stream(context, steps, subject.filled_cache(context + steps + 1))
+    deque(tokens, maxlen=0)
+    return tokens.seconds[1:]
 
 
 def _place(name: str) -> tuple[int, str]:

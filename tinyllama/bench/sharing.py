@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama import native
 from tinyllama.attention import AttentionContext, Visibility
 from tinyllama.bench.limits import timed
+from tinyllama.config import LlamaConfig
+from tinyllama.fused import FusedAttention
 from tinyllama.model import Llama
 
 Figures = dict[str, Any]
@@ -75,6 +78,8 @@ def attention(
 ) -> Callable[[], object]:
     """One query's attention in every layer, each with its own keys and values, which come from memory."""
     config, D = model.config, model.config.head_dim
+    if all(isinstance(layer, FusedAttention) for layer in model.attentions):
+        return _fused(config, heads, context, dtype)
     last = torch.tensor([[context - 1]], device=device)
     keys = torch.arange(context, device=device)[None]
     visible = Visibility.of(last, keys, causal=False, rotary=model.rotary, full=True)
@@ -87,5 +92,19 @@ def attention(
             layer.kernel(q, k[n], v[n], AttentionContext(visible, D**-0.5, n, lambda x: x, lambda x: x))
             for n, layer in enumerate(model.attentions)
         ]
+
+    return action
+
+
+def _fused(config: LlamaConfig, heads: int, context: int, dtype: torch.dtype) -> Callable[[], object]:
+    """The same by compiled code, RoPE and the cache's write included."""
+    H, D, L = config.num_attention_heads, config.head_dim, config.num_hidden_layers
+    position = torch.tensor([[context - 1]])
+    q, k, v = (torch.randn(1, 1, count * D).to(dtype) for count in (H, heads, heads))
+    cos, sin = (torch.randn(1, 1, 1, D // 2).to(dtype) for _ in range(2))
+    keys, values = (torch.empty(L, 1, heads, context, D, dtype=dtype).normal_() for _ in range(2))
+
+    def action() -> list[Tensor]:
+        return [native.attend(q, k, v, cos, sin, position, keys[n], values[n]) for n in range(L)]
 
     return action
