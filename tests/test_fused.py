@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tinyllama.activations import capture, patch
 from tinyllama.attention import eager
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
+from tinyllama.fast_linear import FastLinear
 from tinyllama.fused import FUSED, FusedAttention, fuse
 from tinyllama.linear import Linear
 from tinyllama.model import Block, Llama
@@ -200,6 +202,21 @@ def test_a_token_has_the_same_bits_alone_among_others_and_on_any_number_of_threa
     assert torch.equal(native.attend(q, k, v, cos, sin, positions, keys, values), torch.cat(parts, dim=1))
 
 
+@pytest.mark.parametrize("T", [5, MANY])
+def test_tokens_may_come_in_any_order(T: int):
+    q, k, v, cos, sin, positions, keys, values = drawn(1, T, 2, 4, 64, 20, torch.float32)
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(0))
+    assert_attends((q, k, v, cos, sin, positions[:, order].contiguous(), keys, values))
+
+
+@pytest.mark.parametrize("T", [5, MANY])
+def test_a_later_token_s_large_score_takes_nothing_from_those_before(T: int):
+    q, k, v, cos, sin, positions, keys, values = drawn(1, T, 1, 2, 64, 0, torch.float32)
+    q[:], cos[:], sin[:] = 1, 1, 0
+    k[:, -1] = 1000
+    assert_attends((q, k, v, cos, sin, positions, keys, values))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens_have_the_same_bits_on_any_number_of_threads(dtype: torch.dtype):
     given = drawn(2, 3 * MANY, 2, 4, 64, 130, dtype)
@@ -311,8 +328,8 @@ def test_a_pass_without_a_cache_gives_the_same():
 # --- a whole layer in one call ---------------------------------------------------------------------------
 
 
-def fast_model(kind: str = "same", dtype: torch.dtype = torch.float32) -> Llama:
-    model = fused_model(intermediate_size=192).to(dtype)
+def fast_model(kind: str = "same", dtype: torch.dtype = torch.float32, **changes: object) -> Llama:
+    model = fused_model(**{"intermediate_size": 192, **changes}).to(dtype)
     for path, layer in fast_layers(model, kind).items():
         model.set_submodule(path, layer)
     return model
@@ -328,6 +345,13 @@ def steps(model: Llama, rows: int = 2) -> Tensor:
         for t in range(MANY, 41):
             logits.append(model(ids[:, t : t + 1], cache, start[:, -1:] + t + 1 - MANY))
     return torch.cat(logits, dim=1)
+
+
+def assert_is_its_parts(model: Llama) -> None:
+    whole = steps(model)
+    for block in model.layers:
+        block.__class__ = Block
+    assert torch.equal(steps(model), whole)
 
 
 @pytest.fixture
@@ -348,13 +372,22 @@ def calls(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("kind", ["same", "int8"])
 def test_a_layer_in_one_call_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype, calls):
     model = fast_model(kind, dtype)
-    whole = steps(model)
-    layers = len(model.layers)
-    assert calls == 4 * layers * [2]  # not the prefill
+    assert_is_its_parts(model)
+    assert calls == 4 * len(model.layers) * [2]  # not the prefill, and then not the parts
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("n", [12, 13, 32, 33])
+def test_so_has_one_for_as_many_tokens_as_there_may_be(n: int, dtype: torch.dtype):
+    model = fast_model(dtype=dtype)
+    whole = pass_(model, n)
     for block in model.layers:
         block.__class__ = Block
-    assert torch.equal(steps(model), whole)
-    assert len(calls) == 4 * layers
+    assert torch.equal(pass_(model, n), whole)
+
+
+def test_so_has_one_with_rows_that_matvec_does_not_take():
+    assert_is_its_parts(fast_model(intermediate_size=176))
 
 
 @pytest.mark.parametrize("flags", FLAGS[1:], ids=" ".join)
@@ -395,26 +428,39 @@ def zeros(x: Tensor, *_: object) -> Tensor:
     return torch.zeros_like(x)
 
 
-def test_what_is_put_in_place_of_a_part_is_used(calls):
-    whole = steps(fast_model())
-    for change in (
-        lambda block: setattr(block.mlp, "forward", zeros),
-        lambda block: setattr(block.self_attn.z, "forward", zeros),
-        lambda block: setattr(block, "mlp", nn.Identity()),
-        lambda block: setattr(block.mlp, "down_proj", Linear(*block.mlp.down_proj.weight.shape[::-1])),
-        lambda block: setattr(block.self_attn, "kernel", eager),
-        lambda block: block.input_layernorm.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
-        lambda block: setattr(block.mlp.up_proj, "weight", nn.Parameter(block.mlp.up_proj.weight.bfloat16())),
-        lambda block: setattr(block.input_layernorm, "eps", 10.0),
-        lambda block: block.mlp.up_proj.weight.data.zero_(),
-    ):
-        model = fast_model()
-        change(model.layers[2])
-        assert not torch.equal(steps(model), whole)
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "forward of the MLP": lambda block: setattr(block.mlp, "forward", zeros),
+    "forward of a tap": lambda block: setattr(block.self_attn.z, "forward", zeros),
+    "another MLP": lambda block: setattr(block, "mlp", nn.Identity()),
+    "another matrix": lambda block: setattr(block.mlp, "down_proj", Linear(192, 64)),
+    "another kernel": lambda block: setattr(block.self_attn, "kernel", eager),
+    "a pre-hook": lambda block: block.mlp.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+    "a hook": lambda block: block.mlp.register_forward_hook(lambda _, given, result: 2 * result),
+    "a matrix in 16 bits": lambda block: setattr(
+        block.mlp, "up_proj", FastLinear(random(192, 64).bfloat16())
+    ),
+    "a norm in 16 bits": lambda block: block.input_layernorm.bfloat16(),
+    "eps of the first norm": lambda block: setattr(block.input_layernorm, "eps", 10.0),
+    "eps of the second norm": lambda block: setattr(block.post_attention_layernorm, "eps", 10.0),
+    "weights in place": lambda block: block.mlp.up_proj.weight.data.zero_(),
+    "other memory": lambda block: setattr(block.mlp.up_proj.weight, "data", random(192, 64)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_put_in_place_of_a_part_is_used(change: str):
+    model, unchanged = fast_model(), steps(fast_model())
+    steps(model)  # nothing of the layer as it was is kept
+    CHANGES[change](model.layers[2])
+    assert not torch.equal(steps(model), unchanged)
+    assert_is_its_parts(model)
 
 
 def test_gradients_and_many_tokens_are_left_to_the_parts(monkeypatch):
     monkeypatch.setattr(native, "layer", never)
     model = fast_model()
     assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad
+    for block in model.layers:
+        block.requires_grad_(False)
+    assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad  # by the embedding
     pass_(model, MANY)
