@@ -1,4 +1,4 @@
-"""A layer's operations beside its matrix products, each in one compiled pass instead of PyTorch's many.
+"""A layer's operations in compiled passes instead of PyTorch's many: each of them, or all for a few tokens.
 
 The modules hold nothing of their own and compute what their base classes say, to which they leave everything
 but plain passes on a CPU: gradients, other kernels, values that someone reads or replaces.

@@ -32,9 +32,11 @@ static void pack(const float *x, float *packed, long cols, long n) {
 /* The products of up to ROWS rows with n packed vectors. w, scales: the rows'. y: (n, rows), from the first on. */
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, float *y, long high, long rows,
                      long cols, long n) {
-    float sums[ROWS * VECTORS] = {0}, block[ROWS * (DEPTH + APART)];
+    float sums[ROWS * VECTORS], block[ROWS * (DEPTH + APART)];
     long blocks = (cols + DEPTH - 1) / DEPTH, depth = (cols / GROUP + blocks - 1) / blocks * GROUP; /* even ones */
     long panels = (n + PANEL - 1) / PANEL, tiles = (high + TILE - 1) / TILE, tasks = panels * tiles;
+    long width = panels * PANEL;
+    memset(sums, 0, ROWS * width * sizeof *sums);
     for (long c = 0; c < cols; c += depth) {
         long part = cols - c < depth ? cols - c : depth, task = 0;
         const stored *next = c + depth < cols ? w + c + depth : w + ROWS * cols;
@@ -47,11 +49,11 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
                     for (long i = 0; i < depth; i += 64 / sizeof(stored))
                         __builtin_prefetch(next + row * cols + i, 0, 2);
                 add_product(block + r * (depth + APART), depth + APART, 1, packed + (p * cols + c) * PANEL,
-                            sums + r * VECTORS + p * PANEL, VECTORS, part);
+                            sums + r * width + p * PANEL, width, part);
             }
     }
     for (long t = 0; t < n; t++)
-        for (long r = 0; r < high; r++) y[t * rows + r] = sums[r * VECTORS + t];
+        for (long r = 0; r < high; r++) y[t * rows + r] = sums[r * width + t];
 }
 
 /* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows).
