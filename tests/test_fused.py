@@ -464,3 +464,26 @@ def test_gradients_and_many_tokens_are_left_to_the_parts(monkeypatch):
         block.requires_grad_(False)
     assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad  # by the embedding
     pass_(model, MANY)
+
+
+@pytest.mark.parametrize("T", [4, MANY])
+def test_tokens_beyond_the_cache_are_an_error_as_without_compiled_code(T: int):
+    model = fast_model()
+    with torch.no_grad(), pytest.raises(IndexError):
+        model(some_ids(1, T), model.new_cache(1, T - 2))
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"])
+def test_replacements_may_lie_in_memory_in_any_way_and_have_gradients(name: str):
+    model = fast_model()
+
+    def logits(replacement: Tensor) -> Tensor:
+        with patch(model, {f"layers.1.{name}": lambda x: replacement.expand(x.shape)}):
+            return model(some_ids(1, 5), model.new_cache(1, 5))
+
+    with torch.no_grad():
+        whole = logits(torch.ones(1, 1, 1))
+        with patch(model, {f"layers.1.{name}": torch.ones_like}):
+            torch.testing.assert_close(whole, model(some_ids(1, 5), model.new_cache(1, 5)))
+    model.requires_grad_(False)
+    assert logits(torch.ones(1, 1, 1, requires_grad=True)).requires_grad

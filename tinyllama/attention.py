@@ -200,15 +200,28 @@ class Attention(nn.Module):
         Returns:
             (B, T, C), to be added to the residual stream.
         """
-        q = self.split_heads(self.q_proj(x))  # (B, H, T, D)
-        k = self.split_heads(self.k_proj(x))  # (B, K, T, D)
-        v = self.split_heads(self.v_proj(x))  # (B, K, T, D)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H * D), twice (B, T, K * D)
+        return self.o_proj(self.gather(q, k, v, rotation, visible, cache))  # (B, T, C)
+
+    def gather(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """What each head gathers from the tokens that it sees, (B, T, H * D); the rest as in `forward`."""
+        q = self.split_heads(q)  # (B, H, T, D)
+        k = self.split_heads(k)  # (B, K, T, D)
+        v = self.split_heads(v)  # (B, K, T, D)
         q, k = self.q_rot(rotate(q, *rotation)), self.k_rot(rotate(k, *rotation))
         if cache is not None:
             k, v = cache.write(self.layer, visible.query_positions, k, v)  # (B, K, S, D)
         context = AttentionContext(visible, self.head_dim**-0.5, self.layer, self.scores, self.pattern)
         z = self.z(self.kernel(q, k, v, context))  # (B, H, T, D)
-        return self.o_proj(z.transpose(1, 2).flatten(2))  # (B, T, C)
+        return z.transpose(1, 2).flatten(2)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Let a function take the place of a kernel that is a module (one with weights), too."""

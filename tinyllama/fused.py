@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinyllama import native
 from tinyllama.attention import Attention, Tap, Visibility, sdpa
@@ -39,25 +40,31 @@ class FusedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token on its own; (B, T, C) -> (B, T, C)."""
-        if not _plain(x):
-            return super().forward(x)
-        return self.down_proj(self.product(native.swiglu(self.gate_proj(x), self.up_proj(x))))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not _plain(gate, up) or gate.shape != up.shape:
+            return self.down_proj(self.product(F.silu(gate) * up))
+        return self.down_proj(self.product(native.swiglu(gate.contiguous(), up.contiguous())))
 
 
 class FusedAttention(Attention):
     """RoPE, the cache and `sdpa` in one pass, without a mask: a token sees the slots up to its own."""
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+    def gather(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
     ) -> Tensor:
-        """Let each token gather from those it sees; arguments and result as in `Attention`."""
+        """What each head gathers from the tokens that it sees; arguments and result as in `Attention`."""
         heard = any(tap._forward_hooks for tap in (self.q_rot, self.k_rot, self.scores, self.pattern))
-        if heard or cache is None or not _plain(x) or not self.fits(x, cache):
-            return super().forward(x, rotation, visible, cache)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        positions = visible.query_positions.contiguous()
+        if heard or cache is None or not _plain(q, k, v) or not self.fits(k, cache) or k.shape != v.shape:
+            return super().gather(q, k, v, rotation, visible, cache)
+        q, k, v, positions = (one.contiguous() for one in (q, k, v, visible.query_positions))
         z = native.attend(q, k, v, *rotation, positions, cache.keys[self.layer], cache.values[self.layer])
-        return self.o_proj(self.z(z.transpose(1, 2)).transpose(1, 2).flatten(2))
+        return self.z(z.transpose(1, 2)).transpose(1, 2).flatten(2)
 
     def fits(self, x: Tensor, cache: KVCache) -> bool:
         """Whether compiled code computes what is asked for."""
@@ -65,6 +72,7 @@ class FusedAttention(Attention):
             self.kernel is sdpa
             and type(cache) is KVCache
             and cache.keys.dtype == x.dtype
+            and cache.keys.shape[1] == x.shape[0]
             and self.head_dim % native.LANES == 0
         )
 
@@ -115,9 +123,12 @@ class FusedBlock(Block):
         return inside["self_attn"].layer, [(norm._parameters["weight"], norm.eps) for norm in norms], matrices
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether compiled code, which has no gradients, can take it."""
-    return x.dtype in native.STEP_DTYPES and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled())
+def _plain(x: Tensor, *others: Tensor) -> bool:
+    """Whether compiled code, which has no gradients, can take them, all in one dtype."""
+    return x.dtype in native.STEP_DTYPES and all(
+        one.dtype == x.dtype and one.is_cpu and not (one.requires_grad and torch.is_grad_enabled())
+        for one in (x, *others)
+    )
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -162,7 +162,7 @@ def attend(
     (B, T, width), (_, K, slots, D) = q.shape, keys.shape
     z = q.new_empty(B, T, width // D, D)
     pointers = [tensor.data_ptr() for tensor in (q, k, v, cos, sin, positions, keys, values, z)]
-    _operation("attend", q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5)
+    _require_slots(_operation("attend", q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5), slots)
     return z
 
 
@@ -203,7 +203,7 @@ def layer(
     width, F = len(weights[0]), len(weights[4])
     room = x.new_empty(B * T, 2 * (C + width + K * D + F))
     wider = torch.empty(0 if x.dtype == torch.float32 else 2 * B * T * max(C, width, F))
-    _operation("layer", x.dtype)(
+    done = _operation("layer", x.dtype)(
         _matvec(weights[0].dtype),
         *[tensor.data_ptr() for tensor in (x, y, room, wider)],
         (_POINTER * 2)(*[weight.data_ptr() for weight, _ in norms]),
@@ -214,7 +214,13 @@ def layer(
         (_FLOAT * 2)(*[eps for _, eps in norms]),
         D**-0.5,
     )
+    _require_slots(done, slots)
     return y
+
+
+def _require_slots(done: int, slots: int) -> None:
+    if not done:
+        raise IndexError(f"positions: the KV cache holds {slots - 1} tokens of a row, and one is beyond them")
 
 
 @cache
@@ -224,11 +230,11 @@ def _matvec(dtype: torch.dtype) -> int | None:
 
 
 @cache
-def _operation(name: str, dtype: torch.dtype) -> Callable[..., None]:
+def _operation(name: str, dtype: torch.dtype) -> Callable[..., int]:
     """The C function of that name, compiled for that dtype."""
     operation = _library(name if name in ("matvec", "matmul") else "step", dtype)[name]
     operation.argtypes = ARGUMENTS[name]
-    operation.restype = None
+    operation.restype = ctypes.c_int if name in ("attend", "layer") else None
     return operation
 
 

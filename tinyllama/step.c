@@ -118,6 +118,7 @@ INLINE four totals(const floats *vectors) {
     return __builtin_shuffle(ab, cd, (order){0, 1, 4, 5}) + __builtin_shuffle(ab, cd, (order){2, 3, 6, 7});
 }
 
+/* Let the cache get what will be read. */
 INLINE void ask(const value *p, long from, long to) {
     for (long i = from; i < to; i += 64 / sizeof(value)) __builtin_prefetch(p + i, 0, 0);
 }
@@ -179,7 +180,8 @@ INLINE void attend_head(const float *q, const value *keys, const value *values, 
 }
 
 /* PANEL queries of one KV head, one in each lane: a softmax goes down the lanes, and both products are those of
- * small matrices. The queries of a row's tokens come one after another: query i is head i % G of token i / G.
+ * small matrices. The queries of a row's tokens come one after another, query i being head i % G of token i / G;
+ * these are those from `first` on.
  * q, z: (T, H, D), from the first head on. cos, sin: (T, D/2). positions: (T,). keys, values: (slots, D). */
 static void attend_panel(const value *q, const value *cos, const value *sin, const int64_t *positions,
                          const value *keys, const value *values, value *z, long first, long T, long H, long G,
@@ -230,17 +232,25 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
     }
 }
 
+/* Whether n positions have slots; -1 is padding. */
+static int within(const int64_t *positions, long n, long slots) {
+    for (long i = 0; i < n; i++)
+        if (positions[i] < -1 || positions[i] >= slots) return 0;
+    return 1;
+}
+
 /* Attention of T tokens in each of B rows: turn their queries and keys, store their keys and values in the slots
  * of their positions, and let each attend to the slots up to its own. A position of -1 is padding: it stores
  * nothing and gets zeros.
  *
  * q: (B, T, H, D), k, v: (B, T, K, D), before RoPE; D a multiple of 16. cos, sin: (B, T, D/2). positions: (B, T).
- * keys, values: (B, K, slots, D). z: (B, T, H, D). */
-void attend(const value *q, const value *k, const value *v, const value *cos, const value *sin,
+ * keys, values: (B, K, slots, D). z: (B, T, H, D). Returns 0 and does nothing if a position has no slot. */
+int attend(const value *q, const value *k, const value *v, const value *cos, const value *sin,
             const int64_t *positions, value *keys, value *values, value *z, long B, long T, long H, long K,
             long D, long slots, float scale) {
+    if (!within(positions, B * T, slots)) return 0;
     long G = H / K;
-#pragma omp parallel if (B * T > 1 || positions[0] >= MANY_KEYS)
+#pragma omp parallel if (B * T != 1 || positions[0] >= MANY_KEYS)
     {
 #pragma omp for schedule(static)
         for (long bt = 0; bt < B * T; bt++)
@@ -274,6 +284,7 @@ void attend(const value *q, const value *k, const value *v, const value *cos, co
             }
         }
     }
+    return 1;
 }
 
 typedef void matvec(const void *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n);
@@ -293,13 +304,14 @@ static void multiply(matvec *by, const void *w, const uint16_t *scales, const va
 
 /* A decoder layer for T tokens in each of B rows, so few that `by`, of matvec.c, is best at their products.
  * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. wider: for twice the largest of C,
- * H D and F; not used in float32. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest as in
- * `attend`. */
-void layer(matvec *by, const value *x, value *y, value *room, float *wider, const value *const *norms,
+ * H D and F; not used in float32. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the
+ * result, as in `attend`. */
+int layer(matvec *by, const value *x, value *y, value *room, float *wider, const value *const *norms,
            const void *const *w, const uint16_t *const *scales, const value *cos, const value *sin,
            const int64_t *positions, value *keys, value *values, long B, long T, long C, long H, long K, long D,
            long F, long slots, const float *eps, float scale) {
     long n = B * T;
+    if (!within(positions, n, slots)) return 0;
     value *normed = room, *added = normed + n * C, *q = added + n * C, *z = q + n * H * D, *k = z + n * H * D,
           *v = k + n * K * D, *gate = v + n * K * D, *up = gate + n * F;
 
@@ -317,4 +329,5 @@ void layer(matvec *by, const value *x, value *y, value *room, float *wider, cons
     swiglu(gate, up, gate, n * F);
     multiply(by, w[6], scales[6], gate, added, wider, C, F, n);
     for (long i = 0; i < n * C; i++) y[i] = narrow(wide(y[i]) + wide(added[i]));
+    return 1;
 }
