@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyllama import native
-from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear, quantise
+from tinyllama.fast_linear import FastLinear, Int8Linear, quantise
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 compiled = pytest.mark.skipif(not native.available(), reason="needs gcc")
@@ -47,11 +47,31 @@ def assert_is_the_product(y: Tensor, weight: Tensor, x: Tensor) -> None:
 @given(
     st.integers(1, 40),
     st.sampled_from([64, 128, 192, 576, 960, 1024, 1088, 2112]),
-    st.one_of(st.integers(1, MOST_VECTORS + 1), st.integers(60, 70), st.just(native.VECTORS + 1)),
+    st.one_of(st.integers(1, native.FEW + 1), st.integers(60, 70), st.just(native.VECTORS + 1)),
 )
 def test_it_is_the_linear_function(dtype: str, rows: int, cols: int, n: int):
     linear, x = layer(rows, cols, dtype), random(n, cols, seed=1)
     assert_is_the_product(linear(x), wide(linear), x)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 80),
+    st.sampled_from([64, 128, 192, 576, 1088, 2112]),
+    st.one_of(st.integers(native.FEW_BFLOAT16 + 1, 70), st.just(native.VECTORS + 1)),
+)
+def test_of_bfloat16_vectors_it_is_rounded_once(dtype: str, rows: int, cols: int, n: int):
+    linear, x = layer(rows, cols, dtype), random(n, cols, seed=1).bfloat16()
+    y = native.linear(linear.weight, linear.scales, x)
+    # Weights of other kinds are rounded as well, where the processor multiplies bfloat16 numbers.
+    weights = [wide(linear), linear.widened(slice(None), torch.bfloat16).double()]
+    off = []
+    for weight in weights:
+        exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+        off.append((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + terms * (cols + 2) * 2.0**-23)
+    assert off[0].all() or off[1].all()
 
 
 @compiled
@@ -67,6 +87,9 @@ def test_every_kind_of_processor_gets_the_same_product(dtype: str, flags: tuple[
         for n in (5, 77):  # each of the two products
             linear, x = layer(69, 1088, dtype), random(n, 1088, seed=1)
             assert_is_the_product(linear(x), wide(linear), x)
+        x = x.bfloat16()
+        y, exact = native.matmul(linear.weight, linear.scales, x).double(), x.double() @ wide(linear).T
+        assert (y - exact).norm() <= 4e-3 * exact.norm()
     finally:
         _forget()
 
@@ -75,9 +98,9 @@ def test_every_kind_of_processor_gets_the_same_product(dtype: str, flags: tuple[
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vector_has_the_same_bits_alone_among_others_and_on_any_number_of_threads(dtype: str):
     # So that a row alone is the row in a batch, and a checked guess the id that it would have been.
-    linear, x = layer(100, 1088, dtype), random(MOST_VECTORS, 1088, seed=1)
+    linear, x = layer(100, 1088, dtype), random(native.FEW, 1088, seed=1)
     alone = torch.cat([linear(one[None]) for one in x])
-    for n in range(2, MOST_VECTORS + 1):
+    for n in range(2, native.FEW + 1):
         assert torch.equal(linear(x[:n]), alone[:n]), n
     torch.set_num_threads(2)
     assert torch.equal(linear(x[:1]), alone[:1])
@@ -118,22 +141,37 @@ def test_bfloat16_activations_go_to_pytorch_where_the_processor_multiplies_them(
         return x[:, :48]
 
     monkeypatch.setattr(native, "matmul", matmul)
-    linear, x = layer(48, 128, dtype), random(MOST_VECTORS + 1, 128).bfloat16()
+    linear, x = layer(48, 128, dtype), random(native.FEW + 1, 128).bfloat16()
     assert linear(x).dtype == torch.bfloat16
-    assert vectors == ([] if multiplies else [MOST_VECTORS + 1])
+    assert vectors == ([] if multiplies else [native.FEW + 1])
 
 
-def test_what_a_processor_multiplies_is_read_from_its_flags(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "pytorch", "most"),
+    [
+        ("flags : avx512f avx512_bf16", False, native.FEW_BFLOAT16),
+        ("flags : avx512_bf16 amx_bf16 amx_tile", True, native.FEW_BFLOAT16),
+        ("Features : asimd bf16", True, native.FEW_BFLOAT16),
+        ("flags : avx512f", False, native.FEW),
+        (None, False, native.FEW),
+    ],
+)
+def test_what_a_processor_multiplies_is_read_from_its_flags(
+    flags: str | None, pytorch: bool, most: int, tmp_path, monkeypatch
+):
     monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
-    for flags, expected in (("flags : avx512f avx512_bf16", True), ("flags : avx512f", False), (None, False)):
-        if flags is None:
-            native.CPUINFO.unlink()
-        else:
-            native.CPUINFO.write_text(flags + "\nmodel name : bf16\n")
-        native.multiplies.cache_clear()
-        assert native.multiplies(torch.bfloat16) == expected
-        assert not native.multiplies(torch.float32)
-    native.multiplies.cache_clear()
+    if flags is not None:
+        native.CPUINFO.write_text(flags + "\nmodel name : bf16 avx512_bf16\n")
+    known = native.multiplies, native._most
+    for function in known:
+        function.cache_clear()
+    assert native.multiplies(torch.bfloat16) == pytorch
+    assert not native.multiplies(torch.float32)
+    for dtype, few in ((torch.bfloat16, most), (torch.float32, native.FEW), (torch.float16, native.FEW)):
+        assert native.few(few, dtype)
+        assert not native.few(few + 1, dtype)
+    for function in known:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +195,7 @@ def test_rows_of_any_length_work():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, MOST_VECTORS + 1])
+@pytest.mark.parametrize("n", [1, native.FEW + 1])
 def test_gradients_reach_the_input(dtype: str, n: int):
     # Captured values can have gradients in a fast model, too; its weights cannot.
     linear, x = layer(48, 128, dtype), random(n, 128, seed=1).requires_grad_()
@@ -264,6 +302,6 @@ def test_an_unlike_machine_gets_a_build_of_its_own(unbuilt, monkeypatch):
         cpuinfo = unbuilt / "cpuinfo"
         cpuinfo.write_text(flags)
         monkeypatch.setattr(native, "CPUINFO", cpuinfo)
-        names.append(native._built("gcc", "matvec", "INT8").name)
+        names.append(native._built("gcc", "matvec", "-DINT8").name)
     assert [a == b for a, b in pairwise(names)] == [False, False]
     assert names[0] == names[2]

@@ -373,17 +373,50 @@ def calls(monkeypatch) -> list[int]:
 def test_a_layer_in_one_call_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype, calls):
     model = fast_model(kind, dtype)
     assert_is_its_parts(model)
-    assert calls == 4 * len(model.layers) * [2]  # not the prefill, and then not the parts
+    assert calls == len(model.layers) * [2 * MANY] + 4 * len(model.layers) * [2]  # and then not the parts
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("n", [12, 13, 32, 33])
-def test_so_has_one_for_as_many_tokens_as_there_may_be(n: int, dtype: torch.dtype):
+@pytest.mark.parametrize("n", [1, 12, 13, 32, 33, 40])
+def test_so_has_one_for_any_number_of_tokens(n: int, dtype: torch.dtype):
     model = fast_model(dtype=dtype)
     whole = pass_(model, n)
     for block in model.layers:
         block.__class__ = Block
     assert torch.equal(pass_(model, n), whole)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 700), st.integers(1, 2000))
+def test_long_texts_are_computed_in_even_parts(B: int, T: int):
+    parts = [(range(B)[rows], range(T)[tokens]) for rows, tokens in native._parts(B, T)]
+    sizes = [len(rows) * len(tokens) for rows, tokens in parts]
+    assert sum(sizes) == B * T
+    for rows, tokens in parts:  # each goes on where another ended, in its row or in the one before
+        assert tokens.start == 0 or (rows, tokens.start) in {(some, t.stop) for some, t in parts}
+        assert rows.start == 0 or rows.start in {some.stop for some, _ in parts}
+    assert max(sizes) <= native.VECTORS
+    # Each goes the way of the whole: through matmul.c, and through the attention of as many tokens.
+    if B * T > native.VECTORS:
+        assert min(sizes) > native.FEW
+        assert all(len(tokens) == T or len(tokens) > native.FEW for _, tokens in parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T"), [(1, 513), (1, 1100), (3, 200), (20, 40), (600, 1)])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_layer_in_parts_has_the_bits_of_one(B: int, T: int, dtype: torch.dtype, back: bool):
+    model = fast_model(dtype=dtype)
+    ids, positions = some_ids(B, T), torch.arange(T).repeat(B, 1)
+    if back:  # a token sees the slots before its own, of tokens that come later, too
+        positions = positions.flip(1)
+    logits = []
+    for kind in (type(model.layers[0]), Block):
+        for block in model.layers:
+            block.__class__ = kind
+        with torch.no_grad():
+            logits.append(model(ids, model.new_cache(B, T), positions))
+    assert torch.equal(*logits)
 
 
 def test_so_has_one_with_rows_that_matvec_does_not_take():
@@ -419,7 +452,7 @@ def test_whoever_listens_inside_a_layer_hears_it(address: str, calls):
         steps(model)
     assert len(values) == 1
     # Not in the first layer, which `capture` asks about memory; and a layer's own result is known anyway.
-    assert len(calls) == 4 * (len(model.layers) - 1 - (address != ""))
+    assert len(calls) == 5 * (len(model.layers) - 1 - (address != ""))
     with patch(model, {f"layers.1.{address}".rstrip("."): torch.zeros_like}):
         assert not torch.equal(steps(model), whole)
 
@@ -456,14 +489,13 @@ def test_what_is_put_in_place_of_a_part_is_used(change: str):
     assert_is_its_parts(model)
 
 
-def test_gradients_and_many_tokens_are_left_to_the_parts(monkeypatch):
+def test_gradients_are_left_to_the_parts(monkeypatch):
     monkeypatch.setattr(native, "layer", never)
     model = fast_model()
     assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad
     for block in model.layers:
         block.requires_grad_(False)
     assert model(some_ids(1, 4), model.new_cache(1, 4)).requires_grad  # by the embedding
-    pass_(model, MANY)
 
 
 @pytest.mark.parametrize("T", [4, MANY])

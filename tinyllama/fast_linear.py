@@ -14,11 +14,6 @@ from torch.nn import functional as F
 from tinyllama import native
 from tinyllama.native import GROUP
 
-# Up to so many vectors at once go through matvec.c, where their cost is little more than that of reading the
-# weights; more go through matmul.c, or PyTorch's product where the processor multiplies 16-bit numbers itself
-# (python scripts/bench.py --products).
-MOST_VECTORS = 32
-MOST_VECTORS_16_BIT = 12
 # What of W is widened at once for PyTorch's product, little enough to stay in the cache; and what is rounded:
 # while a model loads, larger temporaries leave holes between its tensors, up to a fifth of them.
 ROWS = 512
@@ -41,16 +36,12 @@ class FastLinear(nn.Module):
         assert weight is not None
         if not self.compiled(x, weight):
             return self._product(x)
-        product = native.matvec if x.numel() <= MOST_VECTORS * self.in_features else native.matmul
-        if x.dtype == torch.float32:
-            return product(weight, scales, x.contiguous())
-        return product(weight, scales, x.float().contiguous()).to(x.dtype)
+        return native.linear(weight, scales, x.contiguous())
 
     def compiled(self, x: Tensor, weight: Tensor) -> bool:
         """Whether compiled code can and should do it."""
-        most = MOST_VECTORS_16_BIT if x.dtype == weight.dtype else MOST_VECTORS
         return (
-            (x.numel() <= most * self.in_features or not native.multiplies(x.dtype))
+            (native.few(x.numel() // self.in_features, x.dtype) or not native.multiplies(x.dtype))
             and x.is_cpu
             and x.dtype != torch.float64
             and self.in_features % GROUP == 0

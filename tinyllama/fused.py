@@ -1,4 +1,4 @@
-"""A layer's operations in compiled passes instead of PyTorch's many: each of them, or all for a few tokens.
+"""A layer's operations in compiled passes instead of PyTorch's many: each of them, or all in one call.
 
 The modules hold nothing of their own and compute what their base classes say, to which they leave everything
 but plain passes on a CPU: gradients, other kernels, values that someone reads or replaces.
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tinyllama import native
 from tinyllama.attention import Attention, Tap, Visibility, sdpa
 from tinyllama.cache import KVCache
-from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear
+from tinyllama.fast_linear import FastLinear, Int8Linear
 from tinyllama.model import MLP, Block, RMSNorm
 
 
@@ -78,7 +78,7 @@ class FusedAttention(Attention):
 
 
 class FusedBlock(Block):
-    """For a few tokens, the whole layer in one call: else Python takes a while to start each of its parts."""
+    """The whole layer in one call: starting each part takes Python a while, and their values fresh memory."""
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
@@ -97,7 +97,7 @@ class FusedBlock(Block):
         self, x: Tensor, cache: KVCache
     ) -> tuple[int, list[tuple[Tensor, float]], list[tuple[Tensor, Tensor | None]]] | None:
         """Its number, norms and matrices; None where it has to be computed part by part."""
-        if x.numel() > MOST_VECTORS * x.shape[-1] or not _plain(x):
+        if not _plain(x):
             return None
         # Not by attribute: a module looks its parts up in 0.4 microseconds each, and a token needs hundreds.
         attention, mlp = self._modules["self_attn"], self._modules["mlp"]

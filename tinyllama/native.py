@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,29 @@ from tinyllama.machine import CPUINFO
 HOME = Path(__file__).parent
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
-# What the weights of a product and step.c's activations can be.
+# What weights can be, and activations; and for each C file, each pair of them that it is compiled for.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 STEP_DTYPES = (torch.float32, torch.bfloat16)
-BUILDS = [*product(("matvec", "matmul"), DTYPES), *product(["step"], STEP_DTYPES)]
+# The longest first.
+BUILDS = [
+    *product(["step"], [None], STEP_DTYPES),
+    *product(["matmul"], DTYPES, STEP_DTYPES),
+    *product(["matvec"], DTYPES, [None]),
+]
 
+# Up to so many vectors at once go through matvec.c, where their cost is little more than that of reading the
+# weights, and more through matmul.c (python scripts/bench.py --products); of bfloat16 ones fewer, where the
+# processor multiplies them itself.
+FEW, FEW_BFLOAT16 = 32, 12
 # Products take rows whose length is a multiple of this; 8-bit weights have a scale for as many.
 GROUP = 64
 # matmul.c packs at most so many vectors at once, in panels of 32 or of a half or a quarter of that.
 VECTORS, PANEL = 512, 32
 # step.c takes heads whose size is a multiple of this.
 LANES = 16
-# How processors call their instructions for products of bfloat16 numbers: x86-64's two kinds, and ARM's.
-BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+# How processors call their instructions for products of bfloat16 numbers: x86-64's for vectors, used in
+# matmul.c, and those with which PyTorch's product is the faster, x86-64's for matrices and ARM's.
+VECTORS_OF_BFLOAT16, MATRICES_OF_BFLOAT16 = {"avx512_bf16"}, {"amx_bf16", "bf16"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[type[Any]]] = {
@@ -47,7 +57,7 @@ ARGUMENTS: dict[str, list[type[Any]]] = {
     "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
     "attend": [_POINTER] * 9 + [_LONG] * 6 + [_FLOAT],
     "swiglu": [_POINTER] * 3 + [_LONG],
-    "layer": [_POINTER] * 13 + [_LONG] * 8 + [_POINTER, _FLOAT],
+    "layer": [_POINTER] * 14 + [_LONG] * 8 + [_POINTER, _FLOAT],
 }
 
 
@@ -70,11 +80,29 @@ def available() -> bool:
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions that multiply matrices of that 16-bit dtype.
+    """Whether PyTorch's product of matrices of that dtype is faster here than matmul.c's."""
+    return dtype == torch.bfloat16 and _has(MATRICES_OF_BFLOAT16)
 
-    PyTorch's product is twice as fast as one in float32 there, and several times as slow elsewhere.
+
+def linear(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
+    """W x for every vector in x, by the product that is best at so many; arguments as for those.
+
+    x, and the result, may be in float16 as well.
     """
-    return dtype == torch.bfloat16 and bool(BFLOAT16.intersection(" ".join(_flags()).split()))
+    if few(x.numel() // weight.shape[1], x.dtype):
+        return matvec(weight, scales, x.float()).to(x.dtype)
+    return matmul(weight, scales, x if x.dtype in STEP_DTYPES else x.float()).to(x.dtype)
+
+
+def few(n: int, dtype: torch.dtype) -> bool:
+    """Whether so many vectors of that dtype are best multiplied by matvec.c."""
+    return n <= _most(dtype)
+
+
+@cache
+def _most(dtype: torch.dtype) -> int:
+    fast = dtype == torch.bfloat16 and _has(VECTORS_OF_BFLOAT16 | MATRICES_OF_BFLOAT16)
+    return FEW_BFLOAT16 if fast else FEW
 
 
 def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
@@ -91,7 +119,7 @@ def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     rows, cols = weight.shape
     y = torch.empty(*x.shape[:-1], rows)
     place = None if scales is None else scales.data_ptr()
-    _operation("matvec", weight.dtype)(
+    _operation("matvec", weight.dtype, None)(
         weight.data_ptr(), place, x.data_ptr(), y.data_ptr(), rows, cols, x.numel() // cols
     )
     return y
@@ -112,14 +140,22 @@ class _Room(threading.local):
 _room = _Room()
 
 
+def _packed(n: int, cols: int) -> int:
+    """How many floats matmul.c needs for n vectors."""
+    return -(-min(n, VECTORS) // PANEL) * PANEL * cols
+
+
 def matmul(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
-    """As `matvec`, for many vectors: faster, but a vector's bits are not those that it would have there."""
+    """As `matvec`, for many vectors: faster, but a vector's bits are not those that it would have there.
+
+    x, and the result, may be in bfloat16: where the processor multiplies such numbers, W is rounded to them.
+    """
     rows, cols = weight.shape
     n = x.numel() // cols
-    y = torch.empty(*x.shape[:-1], rows)
-    packed = _room.of(-(-min(n, VECTORS) // PANEL) * PANEL * cols)
+    y = x.new_empty(*x.shape[:-1], rows)
+    packed = _room.of(_packed(n, cols))
     place = None if scales is None else scales.data_ptr()
-    _operation("matmul", weight.dtype)(
+    _operation("matmul", weight.dtype, x.dtype)(
         weight.data_ptr(), place, x.data_ptr(), packed.data_ptr(), y.data_ptr(), rows, cols, n
     )
     return y
@@ -135,7 +171,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     y = torch.empty_like(x)
     C = weight.shape[0]
-    _operation("rms_norm", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
+    _operation("rms_norm", None, x.dtype)(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps
+    )
     return y
 
 
@@ -162,14 +200,16 @@ def attend(
     (B, T, width), (_, K, slots, D) = q.shape, keys.shape
     z = q.new_empty(B, T, width // D, D)
     pointers = [tensor.data_ptr() for tensor in (q, k, v, cos, sin, positions, keys, values, z)]
-    _require_slots(_operation("attend", q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5), slots)
+    _require_slots(
+        _operation("attend", None, q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5), slots
+    )
     return z
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both contiguous and in float32 or bfloat16."""
     y = torch.empty_like(gate)
-    _operation("swiglu", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    _operation("swiglu", None, gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
     return y
 
 
@@ -183,12 +223,12 @@ def layer(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """A decoder layer for a few tokens, with the bits of `rms_norm`, `matvec`, `attend` and `swiglu` in turn.
+    """A decoder layer, with the bits of `rms_norm`, `linear`, `attend` and `swiglu` in turn.
 
     Args:
         x: (B, T, C), contiguous, in float32 or bfloat16.
         norms: weight and eps of the one before attention and of the one before the MLP.
-        matrices: weight and scales, as for `matvec`, of q, k, v, o, gate, up and down; all in one dtype.
+        matrices: weight and scales, as for `linear`, of q, k, v, o, gate, up and down; all in one dtype.
         cos: as for `attend`, and so are the rest.
         sin: likewise.
         positions: likewise.
@@ -198,14 +238,54 @@ def layer(
     Returns:
         (B, T, C), the residual stream after it.
     """
-    (B, T, C), (_, K, slots, D), y = x.shape, keys.shape, torch.empty_like(x)
+    y = torch.empty_like(x)
+    # The values in between take ten times the memory of x. So a long text goes in parts; each sees those
+    # before, which is all that it should see while positions do not go back.
+    if positions.numel() <= VECTORS or (positions.diff() < 0).any():
+        _layer(x, y, norms, matrices, cos, sin, positions, keys, values)
+        return y
+    for rows, tokens in _parts(*positions.shape):
+        at = rows, tokens
+        turns = cos[rows, :, tokens], sin[rows, :, tokens]
+        _layer(x[at], y[at], norms, matrices, *turns, positions[at], keys[rows], values[rows])
+    return y
+
+
+def _parts(B: int, T: int) -> list[tuple[slice, slice]]:
+    """Some rows, or some tokens of one, of about VECTORS tokens each."""
+    rows, tokens = _even(B, max(1, VECTORS // T)), _even(T, VECTORS)
+    return [(some, part) for some in rows for part in tokens]
+
+
+def _even(length: int, most: int) -> list[slice]:
+    """As few parts as can be, of about the same size."""
+    count = -(-length // most)
+    ends = [length * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _layer(
+    x: Tensor,
+    y: Tensor,
+    norms: Sequence[tuple[Tensor, float]],
+    matrices: Sequence[tuple[Tensor, Tensor | None]],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    (B, T, C), (_, K, slots, D) = x.shape, keys.shape
     weights = [weight for weight, _ in matrices]
-    width, F = len(weights[0]), len(weights[4])
-    room = x.new_empty(B * T, 2 * (C + width + K * D + F))
-    wider = torch.empty(0 if x.dtype == torch.float32 else 2 * B * T * max(C, width, F))
-    done = _operation("layer", x.dtype)(
-        _matvec(weights[0].dtype),
-        *[tensor.data_ptr() for tensor in (x, y, room, wider)],
+    n, width, F = B * T, len(weights[0]), len(weights[4])
+    by_matvec, longest = few(n, x.dtype), max(C, width, F)
+    numbers = 2 * n * longest if by_matvec else _packed(n, longest)
+    room = _room.of(numbers + 2 * n * (C + width + K * D + F)).data_ptr()
+    done = _operation("layer", None, x.dtype)(
+        _address("matvec", weights[0].dtype, None) if by_matvec else None,
+        None if by_matvec else _address("matmul", weights[0].dtype, x.dtype),
+        *[tensor.data_ptr() for tensor in (x, y)],
+        *(room + numbers * ctypes.sizeof(_FLOAT), room),
         (_POINTER * 2)(*[weight.data_ptr() for weight, _ in norms]),
         (_POINTER * 7)(*[weight.data_ptr() for weight in weights]),
         (_POINTER * 7)(*[None if scales is None else scales.data_ptr() for _, scales in matrices]),
@@ -215,7 +295,6 @@ def layer(
         D**-0.5,
     )
     _require_slots(done, slots)
-    return y
 
 
 def _require_slots(done: int, slots: int) -> None:
@@ -224,34 +303,37 @@ def _require_slots(done: int, slots: int) -> None:
 
 
 @cache
-def _matvec(dtype: torch.dtype) -> int | None:
-    """Where the function for weights of that dtype is."""
-    return ctypes.cast(_library("matvec", dtype)["matvec"], _POINTER).value
+def _address(name: str, weights: torch.dtype, activations: torch.dtype | None) -> int | None:
+    """Where a product is, for compiled code to call it."""
+    return ctypes.cast(_library(name, weights, activations)[name], _POINTER).value
 
 
 @cache
-def _operation(name: str, dtype: torch.dtype) -> Callable[..., int]:
-    """The C function of that name, compiled for that dtype."""
-    operation = _library(name if name in ("matvec", "matmul") else "step", dtype)[name]
+def _operation(name: str, weights: torch.dtype | None, activations: torch.dtype | None) -> Callable[..., int]:
+    """The C function of that name, compiled for those dtypes."""
+    source = name if name in ("matvec", "matmul") else "step"
+    operation = _library(source, weights, activations)[name]
     operation.argtypes = ARGUMENTS[name]
     operation.restype = ctypes.c_int if name in ("attend", "layer") else None
     return operation
 
 
 @cache
-def _library(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+def _library(source: str, weights: torch.dtype | None, activations: torch.dtype | None) -> ctypes.CDLL:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise OSError("no C compiler was found")
-    return ctypes.CDLL(str(_built(compiler, source, str(dtype).removeprefix("torch.").upper())))
+    what = [("-D", weights), ("-DX_", activations)]
+    names = [option + str(dtype).removeprefix("torch.").upper() for option, dtype in what if dtype]
+    return ctypes.CDLL(str(_built(compiler, source, *names)))
 
 
-def _built(compiler: str, source: str, dtype: str) -> Path:
+def _built(compiler: str, source: str, *dtypes: str) -> Path:
     """The library, from the cache folder if it was built before on such a machine."""
     # Of one source, one command and one processor: a home folder may be shared by unlike machines.
     file = HOME / f"{source}.c"
     texts = [part.read_bytes() for part in (file, *sorted(HOME.glob("*.h")))]
-    what = (texts, compiler, FLAGS, dtype, _processor())
+    what = (texts, compiler, FLAGS, dtypes, _processor())
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllama"
     built = home / f"{source}-{key}.so"
@@ -262,7 +344,7 @@ def _built(compiler: str, source: str, dtype: str) -> Path:
             # Linked without an OpenMP library, so that it finds the one that PyTorch has loaded: with two of
             # them there would be twice as many threads as cores.
             for command in (
-                [compiler, *FLAGS, f"-D{dtype}", "-c", str(file), "-o", unit],
+                [compiler, *FLAGS, *dtypes, "-c", str(file), "-o", unit],
                 [compiler, "-shared", unit, "-o", library],
             ):
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
@@ -273,6 +355,10 @@ def _built(compiler: str, source: str, dtype: str) -> Path:
 def _processor() -> str:
     """What -march=native depends on."""
     return platform.machine() + "".join(sorted(_flags()))
+
+
+def _has(instructions: set[str]) -> bool:
+    return bool(instructions.intersection(" ".join(_flags()).split()))
 
 
 def _flags() -> set[str]:

@@ -4,13 +4,13 @@
  * operations: PyTorch takes six for a norm, and two dozen for RoPE, the KV cache and attention. In a prefill the
  * same operations write and read many temporary values.
  *
- * Compiled once for each dtype of the activations, with -DFLOAT32 or -DBFLOAT16; see native.py. Arithmetic is
+ * Compiled once for each dtype of the activations, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py. Arithmetic is
  * float32, in the compiler's own vectors of the machine's width.
  */
 
 #include <math.h>
 
-#include "vectors.h"
+#include "values.h"
 
 enum {
     BLOCK = 64,        /* keys whose scores are held at once */
@@ -23,28 +23,9 @@ enum {
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t order __attribute__((vector_size(16)));
 
-#ifdef FLOAT32
-typedef float value;
-INLINE float wide(value v) { return v; }
-INLINE value narrow(float v) { return v; }
-#else
-typedef uint16_t value; /* bfloat16: the upper half of a float32 */
-INLINE float wide(value v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-INLINE value narrow(float v) { /* to the nearest, ties to even; a NaN made of bfloat16 has no lower half */
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-#endif
-
 /* n values as floats: the same memory, or `room` where they must be converted. */
 INLINE const float *widened(const value *p, long n, float *room) {
-#ifdef FLOAT32
+#ifdef X_FLOAT32
     return p;
 #else
     for (long i = 0; i < n; i++) room[i] = wide(p[i]);
@@ -186,14 +167,17 @@ INLINE void attend_head(const float *q, const value *keys, const value *values, 
 static void attend_panel(const value *q, const value *cos, const value *sin, const int64_t *positions,
                          const value *keys, const value *values, value *z, long first, long T, long H, long G,
                          long D, float scale) {
-    float queries[D * PANEL], sums[D * PANEL], scores[BLOCK * PANEL], key_room[BLOCK * D], value_room[BLOCK * D];
+    long length = D / WORD; /* of queries and keys in words; values and their weights are words along the keys */
+    float queries[length * PANEL], key_words[BLOCK * length], value_words[BLOCK / WORD * D];
+    float scores[BLOCK * PANEL], weights[BLOCK / WORD * PANEL], sums[D * PANEL];
     float largest[PANEL], weight[PANEL], before[PANEL];
     int last[PANEL], S = 0; /* the last slot that each lane sees */
     for (long lane = 0; lane < PANEL; lane++) {
         long i = first + lane < T * G ? first + lane : T * G - 1, t = i / G;
         float turned[D];
         rotate(q + (t * H + i % G) * D, cos + t * D / 2, sin + t * D / 2, turned, D);
-        for (long d = 0; d < D; d++) queries[d * PANEL + lane] = turned[d] * scale;
+        for (long d = 0; d < D; d += WORD)
+            queries[d / WORD * PANEL + lane] = rounded(turned[d], turned[d + WORD - 1]);
         last[lane] = positions[t];
         if (S <= last[lane]) S = last[lane] + 1;
         largest[lane] = -INFINITY, weight[lane] = 0;
@@ -201,35 +185,51 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
     memset(sums, 0, sizeof sums);
     for (int start = 0; start < S; start += BLOCK) {
         int n = S - start < BLOCK ? S - start : BLOCK;
-        for (long i = 0; i < n * D; i++) key_room[i] = wide(keys[start * D + i]);
-        for (long i = 0; i < n * D; i++) value_room[i] = wide(values[start * D + i]);
+        const value *kb = keys + start * D, *vb = values + start * D;
+        for (long i = 0; i < n * length; i++) key_words[i] = word(kb[i * WORD], kb[i * WORD + WORD - 1]);
+        for (int s = 0; s < n; s += WORD) {
+            long next = s + WORD - 1 < n ? D * (WORD - 1) : 0; /* the last one may be without another */
+            for (long d = 0; d < D; d++) value_words[s / WORD * D + d] = word(vb[s * D + d], vb[s * D + d + next]);
+        }
         memset(scores, 0, sizeof scores);
-        for (long s = 0; s < n; s += TILE) add_product(key_room + s * D, D, 1, queries, scores + s * PANEL, PANEL, D);
+        for (long s = 0; s < n; s += TILE)
+            add_product(key_words + s * length, length, 1, queries, scores + s * PANEL, PANEL, length);
         memcpy(before, largest, sizeof before);
         for (int s = 0; s < n; s++)
             for (long lane = 0; lane < PANEL; lane++) {
-                float score = start + s <= last[lane] ? scores[s * PANEL + lane] : -INFINITY;
+                float score = start + s <= last[lane] ? scores[s * PANEL + lane] * scale : -INFINITY;
+                scores[s * PANEL + lane] = score;
                 largest[lane] = score > largest[lane] ? score : largest[lane];
             }
         for (long lane = 0; lane < PANEL; lane++) {
             before[lane] = exponential(before[lane] - largest[lane]);
             weight[lane] *= before[lane];
         }
-        for (int s = 0; s < n; s++)
+        for (int s = 0; s < n; s += WORD)
             for (long lane = 0; lane < PANEL; lane++) {
-                float p = exponential(scores[s * PANEL + lane] - largest[lane]);
-                scores[s * PANEL + lane] = start + s <= last[lane] ? p : 0;
-                weight[lane] += scores[s * PANEL + lane];
+                float p[WORD];
+                for (int i = 0; i < WORD; i++) {
+                    float e = exponential(scores[(s + i) * PANEL + lane] - largest[lane]);
+                    p[i] = start + s + i <= last[lane] ? e : 0;
+                    weight[lane] += p[i];
+                }
+                weights[s / WORD * PANEL + lane] = rounded(p[0], p[WORD - 1]);
             }
         for (long d = 0; d < D; d++)
             for (long lane = 0; lane < PANEL; lane++) sums[d * PANEL + lane] *= before[lane];
-        for (long d = 0; d < D; d += TILE) add_product(value_room + d, 1, D, scores, sums + d * PANEL, PANEL, n);
+        for (long d = 0; d < D; d += TILE)
+            add_product(value_words + d, 1, D, weights, sums + d * PANEL, PANEL, (n + WORD - 1) / WORD);
     }
-    for (long lane = 0; lane < PANEL && first + lane < T * G; lane++) {
-        value *to = z + ((first + lane) / G * H + (first + lane) % G) * D;
-        float share = 1 / weight[lane];
-        for (long d = 0; d < D; d++) to[d] = narrow(last[lane] < 0 ? 0 : sums[d * PANEL + lane] * share);
-    }
+    for (long lane = 0; lane < PANEL; lane++) weight[lane] = 1 / weight[lane];
+    for (long at = 0; at < PANEL; at += LANES)
+        for (long d = 0; d < D; d += LANES) {
+            floats square[LANES];
+            for (long i = 0; i < LANES; i++) square[i] = load(sums + (d + i) * PANEL + at) * load(weight + at);
+            transpose(square);
+            for (long lane = at, i = first + at; lane < at + LANES && i < T * G; lane++, i++)
+                for (long l = 0; l < LANES; l++)
+                    z[(i / G * H + i % G) * D + d + l] = narrow(last[lane] < 0 ? 0 : square[lane - at][l]);
+        }
 }
 
 /* Whether n positions have slots; -1 is padding. */
@@ -288,46 +288,59 @@ int attend(const value *q, const value *k, const value *v, const value *cos, con
 }
 
 typedef void matvec(const void *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n);
+typedef void matmul(const void *w, const uint16_t *scales, const value *x, float *packed, value *y, long rows,
+                    long cols, long n);
 
-/* A product with few vectors; `wider` has room for both in float32. */
-static void multiply(matvec *by, const void *w, const uint16_t *scales, const value *x, value *y, float *wider,
-                     long rows, long cols, long n) {
-#ifdef FLOAT32
-    (void)wider;
-    by(w, scales, x, y, rows, cols, n);
+/* y = W x, by the one of the two that is given. numbers: room for x and y in float32 where `few` needs them so, or
+ * for what `many` packs. */
+static void multiply(matvec *few, matmul *many, const void *w, const uint16_t *scales, const value *x, value *y,
+                     float *numbers, long rows, long cols, long n) {
+    if (many) {
+        many(w, scales, x, numbers, y, rows, cols, n);
+        return;
+    }
+#ifdef X_FLOAT32
+    few(w, scales, x, y, rows, cols, n);
 #else
-    for (long i = 0; i < n * cols; i++) wider[i] = wide(x[i]);
-    by(w, scales, wider, wider + n * cols, rows, cols, n);
-    for (long i = 0; i < n * rows; i++) y[i] = narrow(wider[n * cols + i]);
+    for (long i = 0; i < n * cols; i++) numbers[i] = wide(x[i]);
+    few(w, scales, numbers, numbers + n * cols, rows, cols, n);
+    for (long i = 0; i < n * rows; i++) y[i] = narrow(numbers[n * cols + i]);
 #endif
 }
 
-/* A decoder layer for T tokens in each of B rows, so few that `by`, of matvec.c, is best at their products.
- * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. wider: for twice the largest of C,
- * H D and F; not used in float32. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the
- * result, as in `attend`. */
-int layer(matvec *by, const value *x, value *y, value *room, float *wider, const value *const *norms,
-           const void *const *w, const uint16_t *const *scales, const value *cos, const value *sin,
-           const int64_t *positions, value *keys, value *values, long B, long T, long C, long H, long K, long D,
-           long F, long slots, const float *eps, float scale) {
+/* y = a + b, n values. */
+static void add(const value *a, const value *b, value *y, long n) {
+#pragma omp parallel for schedule(static) if (n >= MANY)
+    for (long start = 0; start < n; start += PART)
+        for (long i = start; i < (start + PART < n ? start + PART : n); i++) y[i] = narrow(wide(a[i]) + wide(b[i]));
+}
+
+/* A decoder layer for T tokens in each of B rows. few, many: of matvec.c and matmul.c, one of them NULL.
+ * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. numbers: as above, for the largest of
+ * C, H D and F. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the result, as in
+ * `attend`. */
+int layer(matvec *few, matmul *many, const value *x, value *y, value *room, float *numbers,
+          const value *const *norms, const void *const *w, const uint16_t *const *scales, const value *cos,
+          const value *sin, const int64_t *positions, value *keys, value *values, long B, long T, long C, long H,
+          long K, long D, long F, long slots, const float *eps, float scale) {
     long n = B * T;
     if (!within(positions, n, slots)) return 0;
     value *normed = room, *added = normed + n * C, *q = added + n * C, *z = q + n * H * D, *k = z + n * H * D,
           *v = k + n * K * D, *gate = v + n * K * D, *up = gate + n * F;
 
     rms_norm(x, norms[0], normed, n, C, eps[0]);
-    multiply(by, w[0], scales[0], normed, q, wider, H * D, C, n);
-    multiply(by, w[1], scales[1], normed, k, wider, K * D, C, n);
-    multiply(by, w[2], scales[2], normed, v, wider, K * D, C, n);
+    multiply(few, many, w[0], scales[0], normed, q, numbers, H * D, C, n);
+    multiply(few, many, w[1], scales[1], normed, k, numbers, K * D, C, n);
+    multiply(few, many, w[2], scales[2], normed, v, numbers, K * D, C, n);
     attend(q, k, v, cos, sin, positions, keys, values, z, B, T, H, K, D, slots, scale);
-    multiply(by, w[3], scales[3], z, added, wider, C, H * D, n);
-    for (long i = 0; i < n * C; i++) y[i] = narrow(wide(x[i]) + wide(added[i]));
+    multiply(few, many, w[3], scales[3], z, added, numbers, C, H * D, n);
+    add(x, added, y, n * C);
 
     rms_norm(y, norms[1], normed, n, C, eps[1]);
-    multiply(by, w[4], scales[4], normed, gate, wider, F, C, n);
-    multiply(by, w[5], scales[5], normed, up, wider, F, C, n);
+    multiply(few, many, w[4], scales[4], normed, gate, numbers, F, C, n);
+    multiply(few, many, w[5], scales[5], normed, up, numbers, F, C, n);
     swiglu(gate, up, gate, n * F);
-    multiply(by, w[6], scales[6], gate, added, wider, C, F, n);
-    for (long i = 0; i < n * C; i++) y[i] = narrow(wide(y[i]) + wide(added[i]));
+    multiply(few, many, w[6], scales[6], gate, added, numbers, C, F, n);
+    add(y, added, y, n * C);
     return 1;
 }

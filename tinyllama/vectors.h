@@ -1,10 +1,12 @@
-/* Vectors of floats as wide as the machine's registers, and the small product that they are best at. */
+/* Vectors of floats as wide as the machine's registers. */
+
+#pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* The sums of TILE rows and PANEL columns fill the registers, of which there are 32 from AVX-512 on, and leave
  * room for the factors. */
@@ -18,6 +20,7 @@ enum { LANES = 4, TILE = 4 };
 enum { ACROSS = 2, PANEL = ACROSS * LANES };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t places __attribute__((vector_size(4 * LANES)));
 
 INLINE floats load(const float *p) {
     floats v;
@@ -27,19 +30,18 @@ INLINE floats load(const float *p) {
 
 INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
 
-/* y[r][t] += the sum of w[r][k] * x[k][t] over k < depth, for TILE rows r and PANEL columns t.
- * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. */
-INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth) {
-    floats sums[TILE][ACROSS] = {0};
-    for (long k = 0; k < depth; k++) {
-        floats columns[ACROSS];
-        UNROLL for (int i = 0; i < ACROSS; i++) columns[i] = load(x + k * PANEL + i * LANES);
-        UNROLL for (int r = 0; r < TILE; r++)
-            UNROLL for (int i = 0; i < ACROSS; i++) sums[r][i] += w[r * row + k * step] * columns[i];
-    }
-    UNROLL for (int r = 0; r < TILE; r++)
-        UNROLL for (int i = 0; i < ACROSS; i++) {
-            float *at = y + r * width + i * LANES;
-            store(at, load(at) + sums[r][i]);
-        }
+/* Swap the rows and the columns of LANES vectors. */
+INLINE void transpose(floats *rows) {
+    UNROLL for (int half = 1; half < LANES; half *= 2) /* of squares: their off-diagonal quarters change places */
+        UNROLL for (int r = 0; r < LANES; r++)
+            if (!(r & half)) {
+                places even, odd;
+                UNROLL for (int l = 0; l < LANES; l++) {
+                    even[l] = l & half ? LANES + l - half : l;
+                    odd[l] = l & half ? LANES + l : l + half;
+                }
+                floats upper = rows[r], lower = rows[r + half];
+                rows[r] = __builtin_shuffle(upper, lower, even);
+                rows[r + half] = __builtin_shuffle(upper, lower, odd);
+            }
 }

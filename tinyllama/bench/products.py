@@ -38,15 +38,17 @@ class _Functional(nn.Module):
 
 
 class _Compiled(FastLinear):
-    """One of the two compiled products, for any number of vectors."""
+    """One of the two compiled products, for any number of vectors of activations of that dtype."""
 
-    def __init__(self, name: str, weight: Tensor, scales: Tensor | None = None) -> None:
+    def __init__(
+        self, name: str, weight: Tensor, scales: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(weight)
-        self.name = name
+        self.name, self.dtype = name, dtype
         self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(native, self.name)(self.weight, self.scales, x)
+        return getattr(native, self.name)(self.weight, self.scales, x.to(self.dtype))
 
 
 def _plain(weight: Tensor) -> nn.Module:
@@ -61,6 +63,7 @@ WAYS: dict[str, Callable[[Tensor], nn.Module]] = {
     "float32, matvec.c": partial(_Compiled, "matvec"),
     "float32, matmul.c": partial(_Compiled, "matmul"),
     "bfloat16, F.linear": lambda weight: _Functional(weight.bfloat16()),
+    "bfloat16, matmul.c": lambda weight: _Compiled("matmul", weight.bfloat16(), dtype=torch.bfloat16),
     "float16, F.linear": lambda weight: _Functional(weight.half()),
     "bfloat16 weights, matvec.c": lambda weight: _Compiled("matvec", weight.bfloat16()),
     "bfloat16 weights, matmul.c": lambda weight: _Compiled("matmul", weight.bfloat16()),

@@ -19,7 +19,7 @@ from tinyllama import native
 from tinyllama.activations import shape
 from tinyllama.attention import Kernel, sdpa
 from tinyllama.config import LlamaConfig
-from tinyllama.fast_linear import MOST_VECTORS, FastLinear, Int8Linear
+from tinyllama.fast_linear import FastLinear, Int8Linear
 from tinyllama.fused import fuse
 from tinyllama.linear import Linear
 from tinyllama.model import Llama
@@ -99,7 +99,7 @@ def cached_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> 
 
 def pieces(length: int) -> list[tuple[int, int]]:
     """Where each pass over a text begins and ends; the first has more vectors than matvec.c is given."""
-    end = min(max(length // 2, MOST_VECTORS + 1), length)
+    end = min(max(length // 2, native.FEW + 1), length)
     spans, sizes = [(0, end)], cycle(PIECES)
     while end < length:
         start, end = end, min(end + next(sizes), length)

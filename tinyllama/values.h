@@ -1,0 +1,62 @@
+/* Activations as they are kept, -DX_FLOAT32 or -DX_BFLOAT16, and the words that a lane multiplies at once. */
+
+#include "vectors.h"
+
+#ifdef X_FLOAT32
+typedef float value;
+INLINE float wide(value v) { return v; }
+INLINE value narrow(float v) { return v; }
+#else
+typedef uint16_t value; /* bfloat16: the upper half of a float32 */
+INLINE float wide(value v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+INLINE value narrow(float v) { /* to the nearest, ties to even; a NaN made of bfloat16 has no lower half */
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#endif
+
+/* A lane multiplies words: float32 numbers, or pairs of bfloat16 ones where activations are such and the processor
+ * adds the products of both to a float32 sum at once. */
+#if defined(X_BFLOAT16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define PAIRS
+enum { WORD = 2 }; /* numbers in one */
+INLINE float word(value first, value second) {
+    uint32_t bits = first | (uint32_t)second << 16;
+    float both;
+    memcpy(&both, &bits, sizeof both);
+    return both;
+}
+INLINE float rounded(float first, float second) { return word(narrow(first), narrow(second)); }
+INLINE floats plus(floats sum, float w, floats x) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(w), (__m512bh)x);
+}
+#else
+enum { WORD = 1 };
+INLINE float word(value first, value second) { return (void)second, wide(first); }
+INLINE float rounded(float first, float second) { return (void)second, first; }
+INLINE floats plus(floats sum, float w, floats x) { return sum + w * x; }
+#endif
+
+/* y[r][t] += the sum of w[r][k] * x[k][t] over k < depth, for TILE rows r and PANEL columns t of words w and x.
+ * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. */
+INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth) {
+    floats sums[TILE][ACROSS] = {0};
+    for (long k = 0; k < depth; k++) {
+        floats columns[ACROSS];
+        UNROLL for (int i = 0; i < ACROSS; i++) columns[i] = load(x + k * PANEL + i * LANES);
+        UNROLL for (int r = 0; r < TILE; r++)
+            UNROLL for (int i = 0; i < ACROSS; i++) sums[r][i] = plus(sums[r][i], w[r * row + k * step], columns[i]);
+    }
+    UNROLL for (int r = 0; r < TILE; r++)
+        UNROLL for (int i = 0; i < ACROSS; i++) {
+            float *at = y + r * width + i * LANES;
+            store(at, load(at) + sums[r][i]);
+        }
+}
