@@ -202,6 +202,15 @@ def test_a_token_has_the_same_bits_alone_among_others_and_on_any_number_of_threa
     assert torch.equal(native.attend(q, k, v, cos, sin, positions, keys, values), torch.cat(parts, dim=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 2, MANY, MANY + 1])
+def test_what_slots_hold_that_no_token_has_written_is_not_read(T: int, dtype: torch.dtype):
+    given = drawn(1, T, 1, 2, 64, 10, dtype)
+    for held in given[-2:]:
+        held[:, :, 10 + T :] = torch.nan
+    assert_attends(given)
+
+
 @pytest.mark.parametrize("T", [5, MANY])
 def test_tokens_may_come_in_any_order(T: int):
     q, k, v, cos, sin, positions, keys, values = drawn(1, T, 2, 4, 64, 20, torch.float32)
@@ -415,12 +424,19 @@ def test_a_layer_in_parts_has_the_bits_of_one(B: int, T: int, dtype: torch.dtype
         for block in model.layers:
             block.__class__ = kind
         with torch.no_grad():
-            logits.append(model(ids, model.new_cache(B, T), positions))
-    assert torch.equal(*logits)
+            cache = model.new_cache(B, T + 1)
+            logits.append(model(ids, cache, positions))
+            logits.append(model(ids[:, :1], cache, torch.full((B, 1), T)))  # reads what they have stored
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
 
 
 def test_so_has_one_with_rows_that_matvec_does_not_take():
     assert_is_its_parts(fast_model(intermediate_size=176))
+
+
+def test_so_has_one_whose_matrices_are_many_blocks():
+    assert_is_its_parts(fast_model(hidden_size=320, intermediate_size=832))
 
 
 @pytest.mark.parametrize("flags", FLAGS[1:], ids=" ".join)
