@@ -125,6 +125,19 @@ def test_every_round_takes_each_figure_of_each_subject_in_turn():
     assert rounds.peaks == {"float32": [7.0] * 3}
 
 
+def test_what_is_beside_a_figure_comes_just_before_it_and_counts_for_their_ratio_alone():
+    calls = []
+    subjects = [Recorder("a", calls), Recorder("b", calls, unable=["batch"])]
+    batch = Figure("batch", 8, 2, beside=DECODE)
+    rounds = measure.interleave(subjects, [batch], 1, 0, lambda: 1.0, {})
+    one = [("a", "decode@4"), ("a", "batch@8"), ("b", "decode@4"), ("b", "batch@8")]
+    assert calls == one + one
+    assert rounds.seconds == {"a": {"batch@8": [4.0]}, "b": {}}  # of the second round, its sixth call in all
+    assert rounds.ratios == {"a": {"batch@8": [8 / 4.0 / (1 / 3.0)]}, "b": {}}
+    found = results.collect(tiny_config(), subjects, [batch], rounds, {}, {})["subjects"]
+    assert found["a"]["figures"]["batch@8"]["beside"] == {"figure": "decode@4", **asdict(Spread.of([6.0]))}
+
+
 def test_the_progress_bar_knows_how_many_steps_come():
     figures, told = [DECODE, Figure("decode", 64, 2, always=False)], []
     measure.interleave([], figures, 3, 1, lambda: 1.0, {}, told.append)
@@ -142,7 +155,10 @@ def test_a_spread_is_the_median_between_the_quartiles(values, expected):
 
 def test_a_share_is_taken_of_its_own_round_s_bandwidth():
     rounds = Rounds(
-        {"a": {"decode@4": [0.5, 1.0, 2.0]}}, {"decode@4": [4000.0, 1050.0, 525.0]}, {"float32": [3.0, 5.0]}
+        {"a": {"decode@4": [0.5, 1.0, 2.0]}},
+        {"a": {}},
+        {"decode@4": [4000.0, 1050.0, 525.0]},
+        {"float32": [3.0, 5.0]},
     )
     found = results.collect(tiny_config(), [Recorder("a", [])], [DECODE], rounds, {}, {})
     figure = found["subjects"]["a"]["figures"]["decode@4"]
@@ -218,9 +234,14 @@ def figures(share=None, load=None, **speeds):
             "bytes": 10,
             "flops": 100,
             "bandwidth_share": None if share is None else asdict(Spread.of([share])),
+            "beside": None,
         }
         for key, speed in speeds.items()
     }
+    for key, beside in (("batch@8", "decode@16"), ("decode@1900", "decode@64")):
+        if key in made:
+            ratio = made[key]["speed"]["median"] / made[beside]["speed"]["median"]
+            made[key]["beside"] = {"figure": beside} | asdict(Spread.of([ratio]))
     return {"is": "", "figures": made, "load": load}
 
 

@@ -19,12 +19,15 @@ class Figure:
         size: tokens of context before the decode steps, tokens of the prefill, or rows of the batch.
         steps: how many are timed; a prefill has none.
         always: in every round; otherwise in the first ones only, for a chart.
+        beside: what is timed just before, of the same subject, for a ratio in which memory, whose speed may
+            change from minute to minute, has no part.
     """
 
     kind: str
     size: int
     steps: int = 0
     always: bool = True
+    beside: Figure | None = None
 
     @property
     def key(self) -> str:
@@ -62,11 +65,13 @@ class Rounds:
 
     Attributes:
         seconds: by subject and figure, one for each round.
+        ratios: likewise, of the speed to that of the figure beside it, where there is one.
         bandwidth: bytes a second just before each figure of each round.
         peaks: FLOP/s of a large product by dtype, once a round.
     """
 
     seconds: Taken
+    ratios: Taken
     bandwidth: dict[str, list[float]]
     peaks: dict[str, list[float]]
 
@@ -109,6 +114,7 @@ def interleave(
         step: told after each figure of each round.
     """
     seconds: Taken = {subject.name: {} for subject in subjects}
+    ratios: Taken = {subject.name: {} for subject in subjects}
     read: dict[str, list[float]] = {}
     products: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
@@ -120,13 +126,17 @@ def interleave(
                 continue
             read.setdefault(figure.key, []).extend([bandwidth()][: int(counts)])
             for subject in subjects:
+                before = subject.seconds(figure.beside) if figure.beside else None
                 taken = subject.seconds(figure)
                 if counts and taken is not None:
                     seconds[subject.name].setdefault(figure.key, []).append(taken)
+                    if figure.beside and before is not None:
+                        ratio = (figure.tokens / taken) / (figure.beside.tokens / before)
+                        ratios[subject.name].setdefault(figure.key, []).append(ratio)
             step(
                 f"round {turn} of {rounds}, {figure.kind} {figure.size}" if turn else f"warm-up, {figure.key}"
             )
-    return Rounds(seconds, read, products)
+    return Rounds(seconds, ratios, read, products)
 
 
 def steps_of(figures: Sequence[Figure], rounds: int, chart_rounds: int) -> int:

@@ -58,6 +58,7 @@ def collect(
             "is": LEGEND.get(subject.name, subject.name),
             "figures": {
                 figure.key: _figure(config, subject, figure, taken[figure.key], rounds.bandwidth[figure.key])
+                | {"beside": _beside(figure, rounds.ratios[subject.name].get(figure.key))}
                 for figure in figures
                 if figure.key in taken
             },
@@ -89,6 +90,11 @@ def _figure(
         "flops": flops(config, figure),
         "bandwidth_share": None if figure.kind == "prefill" else asdict(Spread.of(shares)),
     }
+
+
+def _beside(figure: Figure, ratios: Sequence[float] | None) -> Figures | None:
+    """Its speed over that of the figure beside it, round by round."""
+    return {"figure": figure.beside.key} | asdict(Spread.of(ratios)) if figure.beside and ratios else None
 
 
 def _load(loads: Sequence[Figures]) -> Figures | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllama.bench.measure import Figure
 
@@ -48,9 +48,12 @@ class Sizes:
         """All figures. The longest prefill comes before the long contexts."""
         half = max(1, self.steps // 2)
         others = [Figure("decode", n, half, n in self.ends) for n in self.contexts if n != self.prompt]
+        if self.ends:
+            near, far = (Figure("decode", n, half) for n in self.ends)
+            others = [replace(far, beside=near) if other == far else other for other in others]
         lengths = sorted({*self.prefills, self.prefill})
         prefills = [Figure("prefill", n, always=n == self.prefill) for n in lengths]
-        batch = [Figure("batch", self.rows, half)] if self.rows else []
+        batch = [Figure("batch", self.rows, half, beside=self.decode)] if self.rows else []
         return [self.decode, *others, *batch, *prefills]
 
 
