@@ -222,6 +222,7 @@ def layer(
     positions: Tensor,
     keys: Tensor,
     values: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A decoder layer, with the bits of `rms_norm`, `linear`, `attend` and `swiglu` in turn.
 
@@ -234,47 +235,20 @@ def layer(
         positions: likewise.
         keys: likewise.
         values: likewise.
+        out: takes the result, contiguous.
 
     Returns:
         (B, T, C), the residual stream after it.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     # The values in between take ten times the memory of x. So a long text goes in parts; each sees those
     # before, which is all that it should see while positions do not go back.
-    if positions.numel() <= VECTORS or (positions.diff() < 0).any():
-        _layer(x, y, norms, matrices, cos, sin, positions, keys, values)
+    if positions.numel() > VECTORS and (positions.diff() >= 0).all():
+        for rows, tokens in _parts(*positions.shape):
+            at = rows, tokens
+            turns = cos[rows, :, tokens], sin[rows, :, tokens]
+            layer(x[at], norms, matrices, *turns, positions[at], keys[rows], values[rows], y[at])
         return y
-    for rows, tokens in _parts(*positions.shape):
-        at = rows, tokens
-        turns = cos[rows, :, tokens], sin[rows, :, tokens]
-        _layer(x[at], y[at], norms, matrices, *turns, positions[at], keys[rows], values[rows])
-    return y
-
-
-def _parts(B: int, T: int) -> list[tuple[slice, slice]]:
-    """Some rows, or some tokens of one, of about VECTORS tokens each."""
-    rows, tokens = _even(B, max(1, VECTORS // T)), _even(T, VECTORS)
-    return [(some, part) for some in rows for part in tokens]
-
-
-def _even(length: int, most: int) -> list[slice]:
-    """As few parts as can be, of about the same size."""
-    count = -(-length // most)
-    ends = [length * part // count for part in range(count + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]
-
-
-def _layer(
-    x: Tensor,
-    y: Tensor,
-    norms: Sequence[tuple[Tensor, float]],
-    matrices: Sequence[tuple[Tensor, Tensor | None]],
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
     (B, T, C), (_, K, slots, D) = x.shape, keys.shape
     weights = [weight for weight, _ in matrices]
     n, width, F = B * T, len(weights[0]), len(weights[4])
@@ -295,6 +269,20 @@ def _layer(
         D**-0.5,
     )
     _require_slots(done, slots)
+    return y
+
+
+def _parts(B: int, T: int) -> list[tuple[slice, slice]]:
+    """Some rows, or some tokens of one, of about VECTORS tokens each."""
+    rows, tokens = _even(B, max(1, VECTORS // T)), _even(T, VECTORS)
+    return [(some, part) for some in rows for part in tokens]
+
+
+def _even(length: int, most: int) -> list[slice]:
+    """As few parts as can be, of about the same size."""
+    count = -(-length // most)
+    ends = [length * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _require_slots(done: int, slots: int) -> None:
