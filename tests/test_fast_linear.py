@@ -132,7 +132,7 @@ def test_bfloat16_activations_go_to_pytorch_where_the_processor_multiplies_them(
     multiplies: bool, dtype: str, monkeypatch
 ):
     # Elsewhere PyTorch takes several times as long as float32 does.
-    monkeypatch.setattr(native, "multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(native, "pytorch_is_faster", lambda dtype: multiplies)
     monkeypatch.setattr(native, "available", lambda: True)
     vectors = []
 
@@ -162,11 +162,11 @@ def test_what_a_processor_multiplies_is_read_from_its_flags(
     monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
     if flags is not None:
         native.CPUINFO.write_text(flags + "\nmodel name : bf16 avx512_bf16\n")
-    known = native.multiplies, native._most
+    known = native.pytorch_is_faster, native._most
     for function in known:
         function.cache_clear()
-    assert native.multiplies(torch.bfloat16) == pytorch
-    assert not native.multiplies(torch.float32)
+    assert native.pytorch_is_faster(torch.bfloat16) == pytorch
+    assert not native.pytorch_is_faster(torch.float32)
     for dtype, few in ((torch.bfloat16, most), (torch.float32, native.FEW), (torch.float16, native.FEW)):
         assert native.few(few, dtype)
         assert not native.few(few + 1, dtype)

@@ -114,7 +114,7 @@ class FusedBlock(Block):
         dtype = matrices[0][0].dtype
         if not (
             inside["self_attn"].fits(x, cache)
-            and layers[0].compiled(x, matrices[0][0])
+            and layers[0].compiled(x)
             and all(layer.in_features % native.GROUP == 0 for layer in layers)
             and all(weight.dtype == dtype for weight, _ in matrices)
             and all(norm.fits(x) for norm in norms)

@@ -36,7 +36,8 @@ INLINE floats weights(const stored *w, const uint16_t *scales, long column) {
 #if defined(PAIRS) && defined(BFLOAT16)
     return load((const float *)(w + column));
 #elif defined(PAIRS)
-    floats low = widened(w + column), high = widened(w + column + LANES), scale = scale_of(scales, column) + (floats){};
+    floats low = widened(w + column), high = widened(w + column + LANES);
+    float scale = scale_of(scales, column);
     return (floats)_mm512_cvtne2ps_pbh((__m512)(high * scale), (__m512)(low * scale));
 #else
     return widened(w + column) * scale_of(scales, column);

@@ -79,8 +79,8 @@ def available() -> bool:
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's product of matrices of that dtype is faster here than matmul.c's."""
+def pytorch_is_faster(dtype: torch.dtype) -> bool:
+    """Whether matrices of that dtype are better multiplied by PyTorch here than by matmul.c."""
     return dtype == torch.bfloat16 and _has(MATRICES_OF_BFLOAT16)
 
 
