@@ -36,6 +36,7 @@ from tinyllama.bench.names import MODES, NAMES, chosen
 from tinyllama.bench.ours import Ours, weight_bytes
 from tinyllama.bench.shape import write_random_checkpoint
 from tinyllama.bench.sharing import sharing
+from tinyllama.bench.sizes import Sizes
 from tinyllama.embedded import unpermute
 from tinyllama.parity.reference import config_fields, reference_model
 
@@ -136,6 +137,12 @@ def test_what_is_beside_a_figure_comes_just_before_it_and_counts_for_their_ratio
     assert rounds.ratios == {"a": {"batch@8": [8 / 4.0 / (1 / 3.0)]}, "b": {}}
     found = results.collect(tiny_config(), subjects, [batch], rounds, {}, {})["subjects"]
     assert found["a"]["figures"]["batch@8"]["beside"] == {"figure": "decode@4", **asdict(Spread.of([6.0]))}
+
+
+def test_the_longest_context_is_beside_the_shortest_and_a_batch_beside_one_row():
+    sizes = Sizes(1, 1, 0, prompt=4, steps=2, contexts=(8, 9, 10), prefills=(5,), prefill=5, rows=3)
+    beside = {figure.key: figure.beside.key for figure in sizes.figures if figure.beside}
+    assert beside == {"decode@10": "decode@8", "batch@3": "decode@4"}
 
 
 def test_the_progress_bar_knows_how_many_steps_come():
