@@ -12,12 +12,16 @@
 #include "values.h"
 #include "weights.h"
 
+int omp_get_num_threads(void); /* as in omp.h, which not every compiler comes with */
+
 enum {
     ROWS = 64,                       /* of W in a block */
-    DEPTH = 1024,                    /* most words of each: blocks and sums have to fit in the second cache */
+    DEPTH = 1408,                    /* most words of each: blocks and sums have to fit in the second cache */
     CHAIN = WORD == 2 ? DEPTH : 256, /* words added up in one sum; bfloat16 numbers have larger errors anyway */
     VECTORS = 512,                   /* most vectors at once; for more, W is read again */
     APART = LANES,                   /* between rows of a block, or all would compete for the same places there */
+    TALL = sizeof(floats) / sizeof(value), /* rows whose results fill a vector */
+    SHARES = VECTORS / PANEL / TILE, /* tiles that ask for a row of the next block, each for a part of it */
 };
 
 /* LANES words of a vector. */
@@ -60,54 +64,70 @@ static void pack(const value *x, float *packed, long cols, long n) {
         }
 }
 
-/* y[t][r] = sums[r][t], for LANES vectors t or what is left of n, and as many rows or what is left. */
+/* y[t][r] = sums[r][t], for LANES vectors t or what is left of n, and TALL rows or what is left. */
 INLINE void unpack(const float *sums, long width, value *y, long rows, long n, long left) {
     floats square[LANES];
-    for (long r = 0; r < LANES; r++) square[r] = load(sums + r * width);
-    transpose(square);
-    for (long t = 0; t < LANES && t < n; t++) {
-        value line[LANES];
-        for (int r = 0; r < LANES; r++) line[r] = narrow(square[t][r]);
-        if (left >= LANES)
-            memcpy(y + t * rows, line, sizeof line);
-        else
-            memcpy(y + t * rows, line, left * sizeof *line);
+    for (long i = 0; i < LANES; i++) {
+#ifdef X_FLOAT32
+        square[i] = load(sums + i * width);
+#else
+        square[i] = halves(load(sums + 2 * i * width), load(sums + (2 * i + 1) * width));
+#endif
     }
+    transpose(square);
+    for (long t = 0; t < LANES && t < n; t++)
+        if (left >= TALL)
+            memcpy(y + t * rows, square + t, sizeof *square);
+        else
+            memcpy(y + t * rows, square + t, left * sizeof *y);
 }
 
 /* The products of up to ROWS rows with n packed vectors. w, scales: the rows'. y: (n, rows), from the first on. */
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, value *y, long high, long rows,
                      long cols, long n) {
+    const long every = LINE * SHARES / (WORD * sizeof *w);
     float sums[ROWS * VECTORS], block[ROWS * (DEPTH + APART)];
     long length = cols / WORD, width = (n + PANEL - 1) / PANEL * PANEL;
     memset(sums, 0, ROWS * width * sizeof *sums);
     for (long c = 0; c < length; c += DEPTH) {
-        long depth = length - c < DEPTH ? length - c : DEPTH;
+        long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;
         for (long r = 0; r < high; r++)
             for (long i = 0; i < depth; i += LANES)
                 store(block + r * (DEPTH + APART) + i, weights(w, scales, r * cols + (c + i) * WORD));
-        for (long t = 0; t < width; t += PANEL)
-            for (long r = 0; r < high; r += TILE)
+        /* What this core will most likely multiply next; each tile asks for its part of a row of that. */
+        const stored *next = c + depth < length ? w + (c + depth) * WORD : w + omp_get_num_threads() * ROWS * cols;
+        for (long t = 0; t < width; t += PANEL) {
+            for (long r = 0; r < high; r += TILE) {
+                /* What will be written soon is asked for meanwhile, some vectors of the panel with each tile. */
+                for (long i = t + r * PANEL / ROWS; done && i < t + (r + TILE) * PANEL / ROWS; i++)
+                    for (long at = 0; at < ROWS; at += LINE / sizeof(value)) __builtin_prefetch(y + i * rows + at, 1);
+                long tile = t / PANEL * (ROWS / TILE) + r / TILE, part = tile % SHARES * depth / SHARES;
+                const stored *ahead = next + tile / SHARES * cols + part * WORD;
                 for (long k = 0; k < depth; k += CHAIN)
                     add_product(block + r * (DEPTH + APART) + k, DEPTH + APART, 1, packed + t * length + (c + k) * PANEL,
-                                sums + r * width + t, width, depth - k < CHAIN ? depth - k : CHAIN);
+                                sums + r * width + t, width, depth - k < CHAIN ? depth - k : CHAIN,
+                                (const char *)(ahead + k * WORD / SHARES), every);
+            }
+            for (long i = t; done && i < t + PANEL && i < n; i += LANES)
+                for (long r = 0; r < high; r += TALL)
+                    unpack(sums + r * width + i, width, y + i * rows + r, rows, n - i, high - r);
+        }
     }
-    for (long t = 0; t < n; t += LANES)
-        for (long r = 0; r < high; r += LANES)
-            unpack(sums + r * width + t, width, y + t * rows + r, rows, n - t, high - r);
 }
 
-/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows).
- * packed: room for min(n, VECTORS) vectors, in whole panels of words. */
-void matmul(const stored *w, const uint16_t *scales, const value *x, float *packed, value *y, long rows, long cols,
-            long n) {
+/* For each of `count` matrices; w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone.
+ * x: (n, cols), for all of them. y: (n, rows). packed: room for min(n, VECTORS) vectors, in whole panels of words. */
+void matmul(const stored *const *w, const uint16_t *const *scales, const value *x, float *packed, value *const *y,
+            const long *rows, long count, long cols, long n) {
 #pragma omp parallel
     for (long first = 0; first < n; first += VECTORS) {
         long many = n - first < VECTORS ? n - first : VECTORS;
         pack(x + first * cols, packed, cols, many);
-#pragma omp for schedule(dynamic)
-        for (long top = 0; top < rows; top += ROWS)
-            multiply(w + top * cols, scales ? scales + top * cols / GROUP : scales, packed, y + first * rows + top,
-                     rows - top < ROWS ? rows - top : ROWS, rows, cols, many);
+        for (long i = 0; i < count; i++)
+#pragma omp for schedule(dynamic) nowait
+            for (long top = 0; top < rows[i]; top += ROWS)
+                multiply(w[i] + top * cols, scales[i] ? scales[i] + top * cols / GROUP : NULL, packed,
+                         y[i] + first * rows[i] + top, rows[i] - top < ROWS ? rows[i] - top : ROWS, rows[i], cols, many);
+#pragma omp barrier
     }
 }

@@ -53,7 +53,7 @@ VECTORS_OF_BFLOAT16, MATRICES_OF_BFLOAT16 = {"avx512_bf16"}, {"amx_bf16", "bf16"
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[type[Any]]] = {
     "matvec": [_POINTER] * 4 + [_LONG] * 3,
-    "matmul": [_POINTER] * 5 + [_LONG] * 3,
+    "matmul": [_POINTER] * 6 + [_LONG] * 3,
     "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
     "attend": [_POINTER] * 9 + [_LONG] * 6 + [_FLOAT],
     "swiglu": [_POINTER] * 3 + [_LONG],
@@ -155,8 +155,9 @@ def matmul(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], rows)
     packed = _room.of(_packed(n, cols))
     place = None if scales is None else scales.data_ptr()
+    w, scale, out = ((_POINTER * 1)(one) for one in (weight.data_ptr(), place, y.data_ptr()))
     _operation("matmul", weight.dtype, x.dtype)(
-        weight.data_ptr(), place, x.data_ptr(), packed.data_ptr(), y.data_ptr(), rows, cols, n
+        w, scale, x.data_ptr(), packed.data_ptr(), out, (_LONG * 1)(rows), 1, cols, n
     )
     return y
 

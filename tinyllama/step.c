@@ -101,7 +101,7 @@ INLINE four totals(const floats *vectors) {
 
 /* Let the cache get what will be read. */
 INLINE void ask(const value *p, long from, long to) {
-    for (long i = from; i < to; i += 64 / sizeof(value)) __builtin_prefetch(p + i, 0, 0);
+    for (long i = from; i < to; i += LINE / sizeof(value)) __builtin_prefetch(p + i, 0, 0);
 }
 
 /* One KV head and the G query heads of a token that read it: by blocks of keys, with a softmax that is corrected
@@ -193,7 +193,7 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
         }
         memset(scores, 0, sizeof scores);
         for (long s = 0; s < n; s += TILE)
-            add_product(key_words + s * length, length, 1, queries, scores + s * PANEL, PANEL, length);
+            add_product(key_words + s * length, length, 1, queries, scores + s * PANEL, PANEL, length, NULL, 1);
         memcpy(before, largest, sizeof before);
         for (int s = 0; s < n; s++)
             for (long lane = 0; lane < PANEL; lane++) {
@@ -218,7 +218,7 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
         for (long d = 0; d < D; d++)
             for (long lane = 0; lane < PANEL; lane++) sums[d * PANEL + lane] *= before[lane];
         for (long d = 0; d < D; d += TILE)
-            add_product(value_words + d, 1, D, weights, sums + d * PANEL, PANEL, (n + WORD - 1) / WORD);
+            add_product(value_words + d, 1, D, weights, sums + d * PANEL, PANEL, (n + WORD - 1) / WORD, NULL, 1);
     }
     for (long lane = 0; lane < PANEL; lane++) weight[lane] = 1 / weight[lane];
     for (long at = 0; at < PANEL; at += LANES)
@@ -288,23 +288,25 @@ int attend(const value *q, const value *k, const value *v, const value *cos, con
 }
 
 typedef void matvec(const void *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n);
-typedef void matmul(const void *w, const uint16_t *scales, const value *x, float *packed, value *y, long rows,
-                    long cols, long n);
+typedef void matmul(const void *const *w, const uint16_t *const *scales, const value *x, float *packed,
+                    value *const *y, const long *rows, long count, long cols, long n);
 
-/* y = W x, by the one of the two that is given. numbers: room for x and y in float32 where `few` needs them so, or
- * for what `many` packs. */
-static void multiply(matvec *few, matmul *many, const void *w, const uint16_t *scales, const value *x, value *y,
-                     float *numbers, long rows, long cols, long n) {
+/* y = W x for each of `count` matrices, by the one of the two that is given. numbers: room for x and y in float32
+ * where `few` needs them so, or for what `many` packs. */
+static void multiply(matvec *few, matmul *many, const void *const *w, const uint16_t *const *scales, const value *x,
+                     value *const *y, float *numbers, const long *rows, long count, long cols, long n) {
     if (many) {
-        many(w, scales, x, numbers, y, rows, cols, n);
+        many(w, scales, x, numbers, y, rows, count, cols, n);
         return;
     }
 #ifdef X_FLOAT32
-    few(w, scales, x, y, rows, cols, n);
+    for (long i = 0; i < count; i++) few(w[i], scales[i], x, y[i], rows[i], cols, n);
 #else
     for (long i = 0; i < n * cols; i++) numbers[i] = wide(x[i]);
-    few(w, scales, numbers, numbers + n * cols, rows, cols, n);
-    for (long i = 0; i < n * rows; i++) y[i] = narrow(numbers[n * cols + i]);
+    for (long i = 0; i < count; i++) {
+        few(w[i], scales[i], numbers, numbers + n * cols, rows[i], cols, n);
+        for (long j = 0; j < n * rows[i]; j++) y[i][j] = narrow(numbers[n * cols + j]);
+    }
 #endif
 }
 
@@ -329,18 +331,15 @@ int layer(matvec *few, matmul *many, const value *x, value *y, value *room, floa
           *v = k + n * K * D, *gate = v + n * K * D, *up = gate + n * F;
 
     rms_norm(x, norms[0], normed, n, C, eps[0]);
-    multiply(few, many, w[0], scales[0], normed, q, numbers, H * D, C, n);
-    multiply(few, many, w[1], scales[1], normed, k, numbers, K * D, C, n);
-    multiply(few, many, w[2], scales[2], normed, v, numbers, K * D, C, n);
+    multiply(few, many, w, scales, normed, (value *[]){q, k, v}, numbers, (long[]){H * D, K * D, K * D}, 3, C, n);
     attend(q, k, v, cos, sin, positions, keys, values, z, B, T, H, K, D, slots, scale);
-    multiply(few, many, w[3], scales[3], z, added, numbers, C, H * D, n);
+    multiply(few, many, w + 3, scales + 3, z, &added, numbers, &C, 1, H * D, n);
     add(x, added, y, n * C);
 
     rms_norm(y, norms[1], normed, n, C, eps[1]);
-    multiply(few, many, w[4], scales[4], normed, gate, numbers, F, C, n);
-    multiply(few, many, w[5], scales[5], normed, up, numbers, F, C, n);
+    multiply(few, many, w + 4, scales + 4, normed, (value *[]){gate, up}, numbers, (long[]){F, F}, 2, C, n);
     swiglu(gate, up, gate, n * F);
-    multiply(few, many, w[6], scales[6], gate, added, numbers, C, F, n);
+    multiply(few, many, w + 6, scales + 6, gate, &added, numbers, &C, 1, F, n);
     add(y, added, y, n * C);
     return 1;
 }

@@ -9,15 +9,23 @@ INLINE value narrow(float v) { return v; }
 #else
 typedef uint16_t value; /* bfloat16: the upper half of a float32 */
 INLINE float wide(value v) {
-    uint32_t bits = (uint32_t)v << 16;
+    uint32_t b = (uint32_t)v << 16;
     float result;
-    memcpy(&result, &bits, sizeof result);
+    memcpy(&result, &b, sizeof result);
     return result;
 }
 INLINE value narrow(float v) { /* to the nearest, ties to even; a NaN made of bfloat16 has no lower half */
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uint32_t b;
+    memcpy(&b, &v, sizeof b);
+    return (b + 0x7fff + (b >> 16 & 1)) >> 16;
+}
+
+/* Both, narrowed as above: in each lane the first in the lower half, the second in the upper one. */
+INLINE floats halves(floats first, floats second) {
+    bits low = (bits)first, high = (bits)second;
+    low += 0x7fff + (low >> 16 & 1);
+    high += 0x7fff + (high >> 16 & 1);
+    return (floats)(low >> 16 | (high & 0xffff0000));
 }
 #endif
 
@@ -45,10 +53,13 @@ INLINE floats plus(floats sum, float w, floats x) { return sum + w * x; }
 #endif
 
 /* y[r][t] += the sum of w[r][k] * x[k][t] over k < depth, for TILE rows r and PANEL columns t of words w and x.
- * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. */
-INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth) {
+ * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, memory is asked
+ * for a line from there on every so many k: one at a time, or what is asked for gets in the way of x. */
+INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth,
+                        const char *next, long every) {
     floats sums[TILE][ACROSS] = {0};
     for (long k = 0; k < depth; k++) {
+        if (next && k % every == 0) __builtin_prefetch(next + k / every * LINE);
         floats columns[ACROSS];
         UNROLL for (int i = 0; i < ACROSS; i++) columns[i] = load(x + k * PANEL + i * LANES);
         UNROLL for (int r = 0; r < TILE; r++)

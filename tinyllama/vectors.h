@@ -17,9 +17,10 @@ enum { LANES = 8, TILE = 4 };
 #else
 enum { LANES = 4, TILE = 4 };
 #endif
-enum { ACROSS = 2, PANEL = ACROSS * LANES };
+enum { ACROSS = 2, PANEL = ACROSS * LANES, LINE = 64 /* bytes that memory gives at once */ };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t places __attribute__((vector_size(4 * LANES)));
 
 INLINE floats load(const float *p) {
