@@ -369,9 +369,9 @@ def calls(monkeypatch) -> list[int]:
     given = []
     right = native.layer
 
-    def layer(x: Tensor, *rest: Any) -> Tensor:
+    def layer(x: Tensor, *rest: Any, **options: Any) -> Tensor:
         given.append(x.shape[0] * x.shape[1])
-        return right(x, *rest)
+        return right(x, *rest, **options)
 
     monkeypatch.setattr(native, "layer", layer)
     return given
@@ -429,6 +429,43 @@ def test_a_layer_in_parts_has_the_bits_of_one(B: int, T: int, dtype: torch.dtype
             logits.append(model(ids[:, :1], cache, torch.full((B, 1), T)))  # reads what they have stored
     assert torch.equal(logits[0], logits[2])
     assert torch.equal(logits[1], logits[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["same", "int8"])
+@pytest.mark.parametrize("T", [1, 2, 12, 13, 33, 37, 512, 513, 1100])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_last_layer_of_which_only_the_last_token_is_asked_for_has_its_bits(
+    kind: str, dtype: torch.dtype, T: int, back: bool
+):
+    model, ids, positions = fast_model(kind, dtype), some_ids(1, T), torch.arange(T)[None]
+    if back:
+        positions = positions.flip(1)
+    caches = [model.new_cache(1, T) for _ in range(2)]
+    with torch.no_grad():
+        whole = model.hidden_states(ids, caches[0], positions)
+        last = model.hidden_states(ids, caches[1], positions, last=True)
+    assert last.shape == (1, 1, model.config.hidden_size)
+    assert torch.equal(last, whole[:, -1:])
+    assert torch.equal(caches[1].keys, caches[0].keys)
+    assert torch.equal(caches[1].values, caches[0].values)
+
+
+def test_other_tokens_are_left_out_of_one_row_s_last_layer_that_nobody_hears():
+    model, given = fast_model(), []
+    model.norm.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[:2]))
+
+    def run(rows: int) -> None:
+        with torch.no_grad():
+            model.hidden_states(some_ids(rows, MANY), model.new_cache(rows, MANY), last=True)
+
+    run(rows=1)
+    run(rows=2)
+    for part in ("", ".mlp"):
+        with capture(model, address := f"layers.{len(model.layers) - 1}{part}") as values:
+            run(rows=1)
+        assert values[address].shape[:2] == (1, MANY)
+    assert given == [(1, 1), (2, MANY), (1, MANY), (1, MANY)]
 
 
 def test_so_has_one_with_rows_that_matvec_does_not_take():

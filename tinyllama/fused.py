@@ -81,16 +81,30 @@ class FusedBlock(Block):
     """The whole layer in one call: starting each part takes Python a while, and their values fresh memory."""
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
+        last: bool = False,
     ) -> Tensor:
         """Add to the residual stream; arguments and result as in `Block`."""
         parts = None if cache is None else self._parts(x, cache)
         if cache is None or parts is None:
-            return super().forward(x, rotation, visible, cache)
+            return super().forward(x, rotation, visible, cache, last)
         layer, norms, matrices = parts
         positions = visible.query_positions.contiguous()
+        # Who listens to the layer itself wants all of it.
+        alone = last and len(x) == 1 and not self._forward_hooks
         return native.layer(
-            x.contiguous(), norms, matrices, *rotation, positions, cache.keys[layer], cache.values[layer]
+            x.contiguous(),
+            norms,
+            matrices,
+            *rotation,
+            positions,
+            cache.keys[layer],
+            cache.values[layer],
+            first=x.shape[1] - 1 if alone else 0,
         )
 
     def _parts(

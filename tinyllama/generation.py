@@ -232,7 +232,7 @@ def prefill(
         end = min(start + chunk, length)
         # Without positions the model knows that the mask is a plain triangle.
         given = None if start == 0 and not any(padding) else positions[:, start:end]
-        hidden = model.hidden_states(ids[:, start:end], cache.upto(end), given)
+        hidden = model.hidden_states(ids[:, start:end], cache.upto(end), given, last=True)
     return model.lm_head(hidden[:, -1])
 
 

@@ -64,9 +64,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
+        last: bool = False,
     ) -> Tensor:
-        """Add to the residual stream `x`, (B, T, C)."""
+        """Add to the residual stream `x`, (B, T, C).
+
+        With `last` nothing but the last token's stream will be read, so a faster block may give that alone.
+        """
         x = x + self.self_attn(self.input_layernorm(x), rotation, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -100,11 +108,16 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden_states(ids, cache, positions))
 
     def hidden_states(
-        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """The normalised residual stream that `lm_head` reads, (B, T, C); arguments as in `forward`.
 
-        Generation needs the logits of the last position alone, and V is large.
+        Generation needs the logits of the last position alone, and V is large. With `last` other positions
+        may be left out here, too: in the last layer nobody reads more of them than their keys and values.
         """
         T = ids.shape[1]
         start = 0 if cache is None else cache.start(T)
@@ -118,7 +131,7 @@ class Llama(nn.Module):
         keys = positions if cache is None else cache.positions
         visible = Visibility.of(positions, keys, causal, self.rotary, full)
         for block in self.layers:
-            x = block(x, rotation, visible, cache)
+            x = block(x, rotation, visible, cache, last and block is self.layers[-1])
         return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

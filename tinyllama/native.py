@@ -55,9 +55,9 @@ ARGUMENTS: dict[str, list[type[Any]]] = {
     "matvec": [_POINTER] * 4 + [_LONG] * 3,
     "matmul": [_POINTER] * 6 + [_LONG] * 3,
     "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
-    "attend": [_POINTER] * 9 + [_LONG] * 6 + [_FLOAT],
+    "attend": [_POINTER] * 9 + [_LONG] * 7 + [_FLOAT],
     "swiglu": [_POINTER] * 3 + [_LONG],
-    "layer": [_POINTER] * 14 + [_LONG] * 8 + [_POINTER, _FLOAT],
+    "layer": [_POINTER] * 14 + [_LONG] * 9 + [_POINTER, _FLOAT],
 }
 
 
@@ -202,7 +202,7 @@ def attend(
     z = q.new_empty(B, T, width // D, D)
     pointers = [tensor.data_ptr() for tensor in (q, k, v, cos, sin, positions, keys, values, z)]
     _require_slots(
-        _operation("attend", None, q.dtype)(*pointers, B, T, width // D, K, D, slots, D**-0.5), slots
+        _operation("attend", None, q.dtype)(*pointers, B, T, 0, width // D, K, D, slots, D**-0.5), slots
     )
     return z
 
@@ -223,6 +223,7 @@ def layer(
     positions: Tensor,
     keys: Tensor,
     values: Tensor,
+    first: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """A decoder layer, with the bits of `rms_norm`, `linear`, `attend` and `swiglu` in turn.
@@ -236,19 +237,23 @@ def layer(
         positions: likewise.
         keys: likewise.
         values: likewise.
+        first: in a single row, the first token whose result is asked for; of others just keys and values are.
         out: takes the result, contiguous.
 
     Returns:
-        (B, T, C), the residual stream after it.
+        (B, T - first, C), the residual stream after it.
     """
-    y = torch.empty_like(x) if out is None else out
+    y = torch.empty_like(x[:, first:]) if out is None else out
     # The values in between take ten times the memory of x. So a long text goes in parts; each sees those
     # before, which is all that it should see while positions do not go back.
     if positions.numel() > VECTORS and (positions.diff() >= 0).all():
         for rows, tokens in _parts(*positions.shape):
             at = rows, tokens
             turns = cos[rows, :, tokens], sin[rows, :, tokens]
-            layer(x[at], norms, matrices, *turns, positions[at], keys[rows], values[rows], y[at])
+            cached = positions[at], keys[rows], values[rows]
+            start = min(max(first, tokens.start), tokens.stop)
+            result = y[rows, start - first : tokens.stop - first]
+            layer(x[at], norms, matrices, *turns, *cached, start - tokens.start, result)
         return y
     (B, T, C), (_, K, slots, D) = x.shape, keys.shape
     weights = [weight for weight, _ in matrices]
@@ -265,7 +270,7 @@ def layer(
         (_POINTER * 7)(*[weight.data_ptr() for weight in weights]),
         (_POINTER * 7)(*[None if scales is None else scales.data_ptr() for _, scales in matrices]),
         *[tensor.data_ptr() for tensor in (cos, sin, positions, keys, values)],
-        *(B, T, C, width // D, K, D, F, slots),
+        *(B, T, first, C, width // D, K, D, F, slots),
         (_FLOAT * 2)(*[eps for _, eps in norms]),
         D**-0.5,
     )

@@ -241,13 +241,13 @@ static int within(const int64_t *positions, long n, long slots) {
 
 /* Attention of T tokens in each of B rows: turn their queries and keys, store their keys and values in the slots
  * of their positions, and let each attend to the slots up to its own. A position of -1 is padding: it stores
- * nothing and gets zeros.
+ * nothing and gets zeros. Nothing is computed for tokens before the one numbered `first`.
  *
  * q: (B, T, H, D), k, v: (B, T, K, D), before RoPE; D a multiple of 16. cos, sin: (B, T, D/2). positions: (B, T).
  * keys, values: (B, K, slots, D). z: (B, T, H, D). Returns 0 and does nothing if a position has no slot. */
 int attend(const value *q, const value *k, const value *v, const value *cos, const value *sin,
-            const int64_t *positions, value *keys, value *values, value *z, long B, long T, long H, long K,
-            long D, long slots, float scale) {
+            const int64_t *positions, value *keys, value *values, value *z, long B, long T, long first, long H,
+            long K, long D, long slots, float scale) {
     if (!within(positions, B * T, slots)) return 0;
     long G = H / K;
 #pragma omp parallel if (B * T != 1 || positions[0] >= MANY_KEYS)
@@ -261,18 +261,18 @@ int attend(const value *q, const value *k, const value *v, const value *cos, con
                 for (long i = 0; i < D; i++) keys[slot + i] = narrow(turned[i]);
                 memcpy(values + slot, v + (bt * K + g) * D, D * sizeof(value));
             }
-        long tasks = T > FEW ? (T * G + PANEL - 1) / PANEL : T; /* for each KV head of each row */
+        long asked = T - first, tasks = T > FEW ? (asked * G + PANEL - 1) / PANEL : asked; /* for each KV head */
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < B * K * tasks; task++) { /* in this order the next one needs the same keys */
             long b = task / tasks / K, g = task / tasks % K, head = (b * T * H + g * G) * D;
             const value *kg = keys + (b * K + g) * slots * D, *vg = values + (b * K + g) * slots * D;
             const value *cos_b = cos + b * T * D / 2, *sin_b = sin + b * T * D / 2;
             if (T > FEW) {
-                attend_panel(q + head, cos_b, sin_b, positions + b * T, kg, vg, z + head, task % tasks * PANEL, T, H,
-                             G, D, scale);
+                attend_panel(q + head, cos_b, sin_b, positions + b * T, kg, vg, z + head,
+                             first * G + task % tasks * PANEL, T, H, G, D, scale);
                 continue;
             }
-            long t = task % T, S = positions[b * T + t] + 1;
+            long t = first + task % tasks, S = positions[b * T + t] + 1;
             value *zt = z + head + t * H * D;
             float turned[G * D];
             for (long h = 0; h < G; h++)
@@ -319,12 +319,12 @@ static void add(const value *a, const value *b, value *y, long n) {
 
 /* A decoder layer for T tokens in each of B rows. few, many: of matvec.c and matmul.c, one of them NULL.
  * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. numbers: as above, for the largest of
- * C, H D and F. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the result, as in
- * `attend`. */
+ * C, H D and F. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. y: of the tokens from `first` on, which
+ * is 0 but where B is 1. The rest, and the result, as in `attend`. */
 int layer(matvec *few, matmul *many, const value *x, value *y, value *room, float *numbers,
           const value *const *norms, const void *const *w, const uint16_t *const *scales, const value *cos,
-          const value *sin, const int64_t *positions, value *keys, value *values, long B, long T, long C, long H,
-          long K, long D, long F, long slots, const float *eps, float scale) {
+          const value *sin, const int64_t *positions, value *keys, value *values, long B, long T, long first,
+          long C, long H, long K, long D, long F, long slots, const float *eps, float scale) {
     long n = B * T;
     if (!within(positions, n, slots)) return 0;
     value *normed = room, *added = normed + n * C, *q = added + n * C, *z = q + n * H * D, *k = z + n * H * D,
@@ -332,7 +332,8 @@ int layer(matvec *few, matmul *many, const value *x, value *y, value *room, floa
 
     rms_norm(x, norms[0], normed, n, C, eps[0]);
     multiply(few, many, w, scales, normed, (value *[]){q, k, v}, numbers, (long[]){H * D, K * D, K * D}, 3, C, n);
-    attend(q, k, v, cos, sin, positions, keys, values, z, B, T, H, K, D, slots, scale);
+    attend(q, k, v, cos, sin, positions, keys, values, z, B, T, first, H, K, D, slots, scale);
+    n -= first, x += first * C, z += first * H * D;
     multiply(few, many, w + 3, scales + 3, z, &added, numbers, &C, 1, H * D, n);
     add(x, added, y, n * C);
 
