@@ -65,13 +65,13 @@ static void pack(const value *x, float *packed, long cols, long n) {
 }
 
 /* y[t][r] = sums[r][t], for LANES vectors t or what is left of n, and TALL rows or what is left. */
-INLINE void unpack(const float *sums, long width, value *y, long rows, long n, long left) {
+INLINE void unpack(const float *sums, value *y, long rows, long n, long left) {
     floats square[LANES];
     for (long i = 0; i < LANES; i++) {
 #ifdef X_FLOAT32
-        square[i] = load(sums + i * width);
+        square[i] = load(sums + i * PANEL);
 #else
-        square[i] = halves(load(sums + 2 * i * width), load(sums + (2 * i + 1) * width));
+        square[i] = halves(load(sums + 2 * i * PANEL), load(sums + (2 * i + 1) * PANEL));
 #endif
     }
     transpose(square);
@@ -86,17 +86,19 @@ INLINE void unpack(const float *sums, long width, value *y, long rows, long n, l
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, value *y, long high, long rows,
                      long cols, long n) {
     const long every = LINE * SHARES / (WORD * sizeof *w);
-    float sums[ROWS * VECTORS], block[ROWS * (DEPTH + APART)];
-    long length = cols / WORD, width = (n + PANEL - 1) / PANEL * PANEL;
-    memset(sums, 0, ROWS * width * sizeof *sums);
+    _Alignas(LINE) float block[ROWS * (DEPTH + APART)];
+    _Alignas(LINE) float sums[VECTORS * ROWS]; /* by panels; where the block has the whole depth, one is enough */
+    long length = cols / WORD, panels = length > DEPTH;
     for (long c = 0; c < length; c += DEPTH) {
         long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;
         for (long r = 0; r < high; r++)
             for (long i = 0; i < depth; i += LANES)
                 store(block + r * (DEPTH + APART) + i, weights(w, scales, r * cols + (c + i) * WORD));
         /* What this core will most likely multiply next; each tile asks for its part of a row of that. */
-        const stored *next = c + depth < length ? w + (c + depth) * WORD : w + omp_get_num_threads() * ROWS * cols;
-        for (long t = 0; t < width; t += PANEL) {
+        const stored *next = done ? w + omp_get_num_threads() * ROWS * cols : w + (c + depth) * WORD;
+        for (long t = 0; t < n; t += PANEL) {
+            float *panel = sums + panels * t * ROWS;
+            if (c == 0) memset(panel, 0, ROWS * PANEL * sizeof *panel);
             for (long r = 0; r < high; r += TILE) {
                 /* What will be written soon is asked for meanwhile, some vectors of the panel with each tile. */
                 for (long i = t + r * PANEL / ROWS; done && i < t + (r + TILE) * PANEL / ROWS; i++)
@@ -105,12 +107,12 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
                 const stored *ahead = next + tile / SHARES * cols + part * WORD;
                 for (long k = 0; k < depth; k += CHAIN)
                     add_product(block + r * (DEPTH + APART) + k, DEPTH + APART, 1, packed + t * length + (c + k) * PANEL,
-                                sums + r * width + t, width, depth - k < CHAIN ? depth - k : CHAIN,
+                                panel + r * PANEL, PANEL, depth - k < CHAIN ? depth - k : CHAIN,
                                 (const char *)(ahead + k * WORD / SHARES), every);
             }
-            for (long i = t; done && i < t + PANEL && i < n; i += LANES)
+            for (long i = 0; done && i < PANEL && t + i < n; i += LANES)
                 for (long r = 0; r < high; r += TALL)
-                    unpack(sums + r * width + i, width, y + i * rows + r, rows, n - i, high - r);
+                    unpack(panel + r * PANEL + i, y + (t + i) * rows + r, rows, n - t - i, high - r);
         }
     }
 }

@@ -260,7 +260,7 @@ def layer(
     n, width, F = B * T, len(weights[0]), len(weights[4])
     by_matvec, longest = few(n, x.dtype), max(C, width, F)
     numbers = 2 * n * longest if by_matvec else _packed(n, longest)
-    room = _room.of(numbers + 2 * n * (C + width + K * D + F)).data_ptr()
+    room = _room.of(numbers + n * (C + 2 * max(width + K * D, F))).data_ptr()
     done = _operation("layer", None, x.dtype)(
         _address("matvec", weights[0].dtype, None) if by_matvec else None,
         None if by_matvec else _address("matmul", weights[0].dtype, x.dtype),

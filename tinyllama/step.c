@@ -318,17 +318,17 @@ static void add(const value *a, const value *b, value *y, long n) {
 }
 
 /* A decoder layer for T tokens in each of B rows. few, many: of matvec.c and matmul.c, one of them NULL.
- * x, y: (B, T, C). room: for 2 C + 2 H D + 2 K D + 2 F values of each token. numbers: as above, for the largest of
- * C, H D and F. norms: two, (C,). w, scales: of q, k, v, o, gate, up, down. y: of the tokens from `first` on, which
- * is 0 but where B is 1. The rest, and the result, as in `attend`. */
+ * x: (B, T, C). y: likewise, or where B is 1, of the tokens from `first` on; else that is 0. room: for C and the
+ * larger of 2 H D + 2 K D and 2 F values of each token. numbers: as above, for the largest of C, H D and F. norms:
+ * two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the result, as in `attend`. */
 int layer(matvec *few, matmul *many, const value *x, value *y, value *room, float *numbers,
           const value *const *norms, const void *const *w, const uint16_t *const *scales, const value *cos,
           const value *sin, const int64_t *positions, value *keys, value *values, long B, long T, long first,
           long C, long H, long K, long D, long F, long slots, const float *eps, float scale) {
     long n = B * T;
     if (!within(positions, n, slots)) return 0;
-    value *normed = room, *added = normed + n * C, *q = added + n * C, *z = q + n * H * D, *k = z + n * H * D,
-          *v = k + n * K * D, *gate = v + n * K * D, *up = gate + n * F;
+    value *normed = room, *added = room, *q = room + n * C, *z = q + n * H * D, *k = z + n * H * D, *v = k + n * K * D,
+          *gate = q, *up = gate + n * F; /* what is read no more makes room for others */
 
     rms_norm(x, norms[0], normed, n, C, eps[0]);
     multiply(few, many, w, scales, normed, (value *[]){q, k, v}, numbers, (long[]){H * D, K * D, K * D}, 3, C, n);
