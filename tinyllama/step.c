@@ -72,6 +72,17 @@ INLINE float exponential(float x) {
     return p * power;
 }
 
+/* As above, but 0 below -87. */
+INLINE floats exponentials(floats x) {
+    floats shifted = x * 1.44269504f + 12582912;
+    floats n = shifted - 12582912;
+    floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    floats p = 1.3981999e-3f * r + 8.3334519e-3f;
+    p = ((((p * r + 4.1665796e-2f) * r + 1.6666666e-1f) * r + 0.5f) * r + 1) * r + 1;
+    p *= (floats)(((bits)shifted + 127) << 23);
+    return (floats)((places)p & ~(x < -87));
+}
+
 /* y = silu(gate) * up for n values. */
 void swiglu(const value *gate, const value *up, value *y, long n) {
 #pragma omp parallel for schedule(static) if (n >= MANY)
@@ -168,20 +179,26 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
                          const value *keys, const value *values, value *z, long first, long T, long H, long G,
                          long D, float scale) {
     long length = D / WORD; /* of queries and keys in words; values and their weights are words along the keys */
-    float queries[length * PANEL], key_words[BLOCK * length], value_words[BLOCK / WORD * D];
+    float turned[PANEL * D], queries[length * PANEL], key_words[BLOCK * length], value_words[BLOCK / WORD * D];
     float scores[BLOCK * PANEL], weights[BLOCK / WORD * PANEL], sums[D * PANEL];
     float largest[PANEL], weight[PANEL], before[PANEL];
-    int last[PANEL], S = 0; /* the last slot that each lane sees */
+    int last[PANEL], all = INT32_MAX, S = 0; /* the last slot that each lane sees, that all see, and how many one sees */
     for (long lane = 0; lane < PANEL; lane++) {
         long i = first + lane < T * G ? first + lane : T * G - 1, t = i / G;
-        float turned[D];
-        rotate(q + (t * H + i % G) * D, cos + t * D / 2, sin + t * D / 2, turned, D);
-        for (long d = 0; d < D; d += WORD)
-            queries[d / WORD * PANEL + lane] = rounded(turned[d], turned[d + WORD - 1]);
+        rotate(q + (t * H + i % G) * D, cos + t * D / 2, sin + t * D / 2, turned + lane * D, D);
         last[lane] = positions[t];
+        if (all > last[lane]) all = last[lane];
         if (S <= last[lane]) S = last[lane] + 1;
         largest[lane] = -INFINITY, weight[lane] = 0;
     }
+    for (long at = 0; at < PANEL; at += LANES)
+        for (long d = 0; d < D; d += LANES) {
+            floats square[LANES];
+            for (long i = 0; i < LANES; i++) square[i] = load(turned + (at + i) * D + d);
+            transpose(square);
+            for (long i = 0; i < LANES; i += WORD)
+                store(queries + (d + i) / WORD * PANEL + at, rounded(square[i], square[i + WORD - 1]));
+        }
     memset(sums, 0, sizeof sums);
     for (int start = 0; start < S; start += BLOCK) {
         int n = S - start < BLOCK ? S - start : BLOCK;
@@ -194,31 +211,35 @@ static void attend_panel(const value *q, const value *cos, const value *sin, con
         memset(scores, 0, sizeof scores);
         for (long s = 0; s < n; s += TILE)
             add_product(key_words + s * length, length, 1, queries, scores + s * PANEL, PANEL, length, NULL, 1);
+        n = (n + WORD - 1) / WORD * WORD;
+        if (start + n > all + 1)
+            for (int s = 0; s < n; s++)
+                for (long lane = 0; lane < PANEL; lane++)
+                    if (start + s > last[lane]) scores[s * PANEL + lane] = -INFINITY;
         memcpy(before, largest, sizeof before);
         for (int s = 0; s < n; s++)
             for (long lane = 0; lane < PANEL; lane++) {
-                float score = start + s <= last[lane] ? scores[s * PANEL + lane] * scale : -INFINITY;
+                float score = scores[s * PANEL + lane] * scale;
                 scores[s * PANEL + lane] = score;
                 largest[lane] = score > largest[lane] ? score : largest[lane];
             }
-        for (long lane = 0; lane < PANEL; lane++) {
-            before[lane] = exponential(before[lane] - largest[lane]);
-            weight[lane] *= before[lane];
-        }
-        for (int s = 0; s < n; s += WORD)
-            for (long lane = 0; lane < PANEL; lane++) {
-                float p[WORD];
+        for (long at = 0; at < PANEL; at += LANES) {
+            floats top = load(largest + at), factor = exponentials(load(before + at) - top), added = {0};
+            for (int s = 0; s < n; s += WORD) {
+                floats p[WORD];
                 for (int i = 0; i < WORD; i++) {
-                    float e = exponential(scores[(s + i) * PANEL + lane] - largest[lane]);
-                    p[i] = start + s + i <= last[lane] ? e : 0;
-                    weight[lane] += p[i];
+                    p[i] = exponentials(load(scores + (s + i) * PANEL + at) - top);
+                    added += p[i];
                 }
-                weights[s / WORD * PANEL + lane] = rounded(p[0], p[WORD - 1]);
+                store(weights + s / WORD * PANEL + at, rounded(p[0], p[WORD - 1]));
             }
+            store(before + at, factor);
+            store(weight + at, load(weight + at) * factor + added);
+        }
         for (long d = 0; d < D; d++)
             for (long lane = 0; lane < PANEL; lane++) sums[d * PANEL + lane] *= before[lane];
         for (long d = 0; d < D; d += TILE)
-            add_product(value_words + d, 1, D, weights, sums + d * PANEL, PANEL, (n + WORD - 1) / WORD, NULL, 1);
+            add_product(value_words + d, 1, D, weights, sums + d * PANEL, PANEL, n / WORD, NULL, 1);
     }
     for (long lane = 0; lane < PANEL; lane++) weight[lane] = 1 / weight[lane];
     for (long at = 0; at < PANEL; at += LANES)
@@ -331,7 +352,10 @@ int layer(matvec *few, matmul *many, const value *x, value *y, value *room, floa
           *gate = q, *up = gate + n * F; /* what is read no more makes room for others */
 
     rms_norm(x, norms[0], normed, n, C, eps[0]);
-    multiply(few, many, w, scales, normed, (value *[]){q, k, v}, numbers, (long[]){H * D, K * D, K * D}, 3, C, n);
+    value *const qkv[] = {q, k, v}, *asked = q + first * H * D;
+    const long sizes[] = {H * D, K * D, K * D}, apart = first > 0; /* few queries, and all keys and values */
+    multiply(few, many, w + apart, scales + apart, normed, qkv + apart, numbers, sizes + apart, 3 - apart, C, n);
+    if (apart) multiply(few, many, w, scales, normed + first * C, &asked, numbers, sizes, 1, C, n - first);
     attend(q, k, v, cos, sin, positions, keys, values, z, B, T, first, H, K, D, slots, scale);
     n -= first, x += first * C, z += first * H * D;
     multiply(few, many, w + 3, scales + 3, z, &added, numbers, &C, 1, H * D, n);

@@ -41,14 +41,14 @@ INLINE float word(value first, value second) {
     memcpy(&both, &bits, sizeof both);
     return both;
 }
-INLINE float rounded(float first, float second) { return word(narrow(first), narrow(second)); }
+INLINE floats rounded(floats first, floats second) { return halves(first, second); }
 INLINE floats plus(floats sum, float w, floats x) {
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(w), (__m512bh)x);
 }
 #else
 enum { WORD = 1 };
 INLINE float word(value first, value second) { return (void)second, wide(first); }
-INLINE float rounded(float first, float second) { return (void)second, first; }
+INLINE floats rounded(floats first, floats second) { return (void)second, first; }
 INLINE floats plus(floats sum, float w, floats x) { return sum + w * x; }
 #endif
 
