@@ -327,8 +327,8 @@ def test_a_planted_bug_in_a_fast_mode_fails_the_gate_and_is_found(bug, kind, mon
 def test_a_bug_in_a_compiled_layer_alone_fails_the_gate(kind):
     right = native.layer
 
-    def layer(x, norms, *rest):
-        return right(x, norms[::-1], *rest)
+    def layer(x, norms, *rest, **options):
+        return right(x, norms[::-1], *rest, **options)
 
     one = judged(kind)
     with patch.object(native, "layer", layer):
