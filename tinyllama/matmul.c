@@ -82,7 +82,10 @@ INLINE void unpack(const float *sums, value *y, long rows, long n, long left) {
             memcpy(y + t * rows, square + t, left * sizeof *y);
 }
 
-/* The products of up to ROWS rows with n packed vectors. w, scales: the rows'. y: (n, rows), from the first on. */
+/* The products of up to ROWS rows with n packed vectors. w, scales: the rows'. y: (n, rows), from the first on.
+ *
+ * The arithmetic alone runs at what the processor can do. So that it does not wait for W and for y, memory is asked
+ * meanwhile for what comes next, a little with each tile. */
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, value *y, long high, long rows,
                      long cols, long n) {
     const long every = LINE * SHARES / (WORD * sizeof *w);
@@ -91,18 +94,16 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
     long length = cols / WORD, panels = length > DEPTH;
     for (long c = 0; c < length; c += DEPTH) {
         long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;
+        const stored *next = done ? w + omp_get_num_threads() * ROWS * cols /* most likely */ : w + (c + depth) * WORD;
         for (long r = 0; r < high; r++)
             for (long i = 0; i < depth; i += LANES)
                 store(block + r * (DEPTH + APART) + i, weights(w, scales, r * cols + (c + i) * WORD));
-        /* What this core will most likely multiply next; each tile asks for its part of a row of that. */
-        const stored *next = done ? w + omp_get_num_threads() * ROWS * cols : w + (c + depth) * WORD;
         for (long t = 0; t < n; t += PANEL) {
             float *panel = sums + panels * t * ROWS;
             if (c == 0) memset(panel, 0, ROWS * PANEL * sizeof *panel);
             for (long r = 0; r < high; r += TILE) {
-                /* What will be written soon is asked for meanwhile, some vectors of the panel with each tile. */
                 for (long i = t + r * PANEL / ROWS; done && i < t + (r + TILE) * PANEL / ROWS; i++)
-                    for (long at = 0; at < ROWS; at += LINE / sizeof(value)) __builtin_prefetch(y + i * rows + at, 1);
+                    for (long at = 0; at < ROWS; at += LINE / sizeof *y) __builtin_prefetch(y + i * rows + at, 1);
                 long tile = t / PANEL * (ROWS / TILE) + r / TILE, part = tile % SHARES * depth / SHARES;
                 const stored *ahead = next + tile / SHARES * cols + part * WORD;
                 for (long k = 0; k < depth; k += CHAIN)
