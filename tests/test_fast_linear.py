@@ -59,7 +59,7 @@ def test_it_is_the_linear_function(dtype: str, rows: int, cols: int, n: int):
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 80),
-    st.sampled_from([64, 128, 192, 576, 1088, 2112]),
+    st.sampled_from([64, 128, 192, 576, 1088, 2112, 2944]),
     st.one_of(st.integers(native.FEW_BFLOAT16 + 1, 70), st.just(native.VECTORS + 1)),
 )
 def test_of_bfloat16_vectors_it_is_rounded_once(dtype: str, rows: int, cols: int, n: int):
@@ -72,6 +72,16 @@ def test_of_bfloat16_vectors_it_is_rounded_once(dtype: str, rows: int, cols: int
         exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
         off.append((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + terms * (cols + 2) * 2.0**-23)
     assert off[0].all() or off[1].all()
+
+
+@compiled
+@pytest.mark.parametrize("n", [1, native.FEW + 1])
+def test_bfloat16_results_are_the_nearest_and_of_two_the_even_one(n: int):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-1, 2, (70, 128), generator=generator).bfloat16()
+    x = torch.randint(-128, 129, (n, 128), generator=generator).bfloat16()
+    exact = x.float() @ weight.float().T  # whole numbers of up to 14 bits, of which bfloat16 has 8
+    assert torch.equal(native.linear(weight, None, x), exact.bfloat16())
 
 
 @compiled

@@ -21,6 +21,7 @@ from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.fast_linear import FastLinear
 from tinyllama.fused import FUSED, FusedAttention, fuse
+from tinyllama.generation import prefill
 from tinyllama.linear import Linear
 from tinyllama.model import Block, Llama
 from tinyllama.parity.fast import fast_layers
@@ -466,6 +467,36 @@ def test_other_tokens_are_left_out_of_one_row_s_last_layer_that_nobody_hears():
             run(rows=1)
         assert values[address].shape[:2] == (1, MANY)
     assert given == [(1, 1), (2, MANY), (1, MANY), (1, MANY)]
+
+
+def test_so_is_it_when_a_prompt_goes_into_the_cache():
+    model, given = fast_model(), []
+    model.norm.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[:2]))
+    ids = some_ids(1, MANY)
+    with torch.no_grad():
+        logits = model(ids, model.new_cache(1, MANY))[:, -1]
+    assert torch.equal(prefill(model, ids.tolist(), model.new_cache(1, MANY)), logits)
+    assert given == [(1, MANY), (1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 5, MANY])
+@pytest.mark.parametrize("width", [64, 192])
+def test_a_layer_writes_nothing_beyond_the_memory_that_it_asked_for(
+    T: int, width: int, dtype: torch.dtype, monkeypatch
+):
+    guards = []
+
+    class Room:
+        def of(self, size: int) -> Tensor:
+            floats = torch.full((size + 4096,), 1.5)
+            guards.append(floats[size:])
+            return floats
+
+    monkeypatch.setattr(native, "_room", Room())
+    pass_(fast_model(dtype=dtype, intermediate_size=width), T)
+    assert guards
+    assert all((guard == 1.5).all() for guard in guards)
 
 
 def test_so_has_one_with_rows_that_matvec_does_not_take():

@@ -111,7 +111,7 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
                                 panel + r * PANEL, PANEL, depth - k < CHAIN ? depth - k : CHAIN,
                                 (const char *)(ahead + k * WORD / SHARES), every);
             }
-            for (long i = 0; done && i < PANEL && t + i < n; i += LANES)
+            for (long i = 0; done && i < PANEL; i += LANES)
                 for (long r = 0; r < high; r += TALL)
                     unpack(panel + r * PANEL + i, y + (t + i) * rows + r, rows, n - t - i, high - r);
         }
