@@ -474,7 +474,7 @@ def test_so_is_it_when_a_prompt_goes_into_the_cache():
     model.norm.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[:2]))
     ids = some_ids(1, MANY)
     with torch.no_grad():
-        logits = model(ids, model.new_cache(1, MANY))[:, -1]
+        logits = model.lm_head(model.hidden_states(ids, model.new_cache(1, MANY))[:, -1])
     assert torch.equal(prefill(model, ids.tolist(), model.new_cache(1, MANY)), logits)
     assert given == [(1, MANY), (1, 1)]
 
