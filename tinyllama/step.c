@@ -110,9 +110,9 @@ INLINE four totals(const floats *vectors) {
     return __builtin_shuffle(ab, cd, (order){0, 1, 4, 5}) + __builtin_shuffle(ab, cd, (order){2, 3, 6, 7});
 }
 
-/* Let the cache get what will be read. */
+/* Let the second cache get what will be read; why that one, matvec.c says. */
 INLINE void ask(const value *p, long from, long to) {
-    for (long i = from; i < to; i += LINE / sizeof(value)) __builtin_prefetch(p + i, 0, 0);
+    for (long i = from; i < to; i += LINE / sizeof(value)) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* One KV head and the G query heads of a token that read it: by blocks of keys, with a softmax that is corrected
