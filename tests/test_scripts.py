@@ -420,9 +420,9 @@ class Terminal:
 
     def press_ctrl_c_until(self, done):
         """Press Ctrl-C, and again if nothing comes of it: readline misses one as it begins to wait."""
-        for _ in range(5):
+        for _ in range(50):
             self.send("\x03")
-            deadline = time.monotonic() + PATIENCE / 10
+            deadline = time.monotonic() + PATIENCE / 50
             while time.monotonic() < deadline:
                 if done():
                     return

@@ -108,12 +108,11 @@ def test_greedy_ids_are_those_without_guessing(attention):
     assert 0 < accepted < drafted
 
 
-@pytest.mark.parametrize("most", [1, 3, 6])
-@pytest.mark.parametrize("wrong", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}, *SETTINGS])
-def test_no_guess_right_or_wrong_changes_an_id(model, guess_from, settings, most, wrong):
-    for seed in range(2):
-        (plain,) = generate(model, [PROMPT], seed=seed, **settings, **FREE)
+def test_no_guess_right_or_wrong_changes_an_id(model, guess_from, settings, seed):
+    (plain,) = generate(model, [PROMPT], seed=seed, **settings, **FREE)
+    for wrong, most in product((0.0, 0.2, 1.0), (1, 3, 6)):
         guess_from(PROMPT + plain, wrong, seed)
         tokens = stream(model, PROMPT, seed=seed, speculate=most, **settings, **FREE)
         assert list(tokens) == plain

@@ -55,23 +55,22 @@ def prompts(loaded):
 def test_greedy_ids_of_10_prompts_equal_transformers(loaded, reference, prompts):
     model, _ = loaded
     model.set_attention(tinyllama.sdpa)
-    ours = tinyllama.generate(model, prompts, max_new_tokens=24, eos_ids=())
-    assert ours == reference_ids(reference, prompts, 24)
+    ours = tinyllama.generate(model, prompts, max_new_tokens=16, eos_ids=())
+    assert ours == reference_ids(reference, prompts, 16)
     # The batch is no privilege: alone, a prompt goes on the same way.
-    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=200, eos_ids=())
-    assert alone[:24] == ours[0]
+    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=80, eos_ids=())
+    assert alone[:16] == ours[0]
     assert alone == greedy_ids(reference, prompts[0], alone)
 
 
-def test_200_greedy_ids_of_10_prompts_by_the_fast_layers_equal_transformers(
-    smollm2_folder, reference, prompts
-):
+def test_greedy_ids_of_10_prompts_by_the_fast_layers_equal_transformers(smollm2_folder, reference, prompts):
     model = tinyllama.load_model(smollm2_folder, device="cpu", dtype="float32", weights="stored")
-    ours = tinyllama.generate(model, prompts, max_new_tokens=200, eos_ids=())
+    ours = tinyllama.generate(model, prompts, max_new_tokens=40, eos_ids=())
     for prompt, ids in zip(prompts, ours, strict=True):
         assert ids == greedy_ids(reference, prompt, ids)
-    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=60, eos_ids=())
-    assert alone == ours[0][:60]
+    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=200, eos_ids=())
+    assert alone[:40] == ours[0]
+    assert alone == greedy_ids(reference, prompts[0], alone)
 
 
 def greedy_ids(reference, prompt, ids):
@@ -80,11 +79,11 @@ def greedy_ids(reference, prompt, ids):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_sampled_ids_equal_transformers_for_twenty_seeds(loaded, reference, prompts, settings):
+def test_sampled_ids_equal_transformers(loaded, reference, prompts, settings):
     model, tokenizer = loaded
     model.set_attention(tinyllama.sdpa)
     prompt = prompts[2]
-    for seed in range(20):
+    for seed in range(4):  # test_generation.py tries twenty on a small model
         # The second id is the first from the cache; what else a long text brings, one seed shows.
         count = 2 if seed else 12
         (ours,) = tinyllama.generate(model, [prompt], max_new_tokens=count, eos_ids=(), seed=seed, **settings)
