@@ -41,7 +41,7 @@ class FastLinear(nn.Module):
     def compiled(self, x: Tensor) -> bool:
         """Whether compiled code can and should do it."""
         return (
-            (native.few(x.numel() // self.in_features, x.dtype) or not native.pytorch_is_faster(x.dtype))
+            (native.few(x.numel() // self.in_features) or not native.pytorch_is_faster(x.dtype))
             and x.is_cpu
             and x.dtype != torch.float64
             and self.in_features % GROUP == 0

@@ -9,7 +9,6 @@
  * Compiled once for each dtype of W and each of x and y, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py.
  */
 
-#include "values.h"
 #include "weights.h"
 
 int omp_get_num_threads(void); /* as in omp.h, which not every compiler comes with */
@@ -23,30 +22,6 @@ enum {
     TALL = sizeof(floats) / sizeof(value), /* rows whose results fill a vector */
     SHARES = VECTORS / PANEL / TILE, /* tiles that ask for a row of the next block, each for a part of it */
 };
-
-/* LANES words of a vector. */
-INLINE floats words(const value *x) {
-#if defined(X_BFLOAT16) && !defined(PAIRS)
-    float wider[LANES];
-    for (int i = 0; i < LANES; i++) wider[i] = wide(x[i]);
-    return load(wider);
-#else
-    return load((const float *)x);
-#endif
-}
-
-/* LANES words of a row of W, from a column on. */
-INLINE floats weights(const stored *w, const uint16_t *scales, long column) {
-#if defined(PAIRS) && defined(BFLOAT16)
-    return load((const float *)(w + column));
-#elif defined(PAIRS)
-    floats low = widened(w + column), high = widened(w + column + LANES);
-    float scale = scale_of(scales, column);
-    return (floats)_mm512_cvtne2ps_pbh((__m512)(high * scale), (__m512)(low * scale));
-#else
-    return widened(w + column) * scale_of(scales, column);
-#endif
-}
 
 /* packed[panel][c][lane] = word c of vector panel * PANEL + lane; the last panel is filled up with the last one. */
 static void pack(const value *x, float *packed, long cols, long n) {
@@ -96,8 +71,10 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
         long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;
         const stored *next = done ? w + omp_get_num_threads() * ROWS * cols /* most likely */ : w + (c + depth) * WORD;
         for (long r = 0; r < high; r++)
-            for (long i = 0; i < depth; i += LANES)
-                store(block + r * (DEPTH + APART) + i, weights(w, scales, r * cols + (c + i) * WORD));
+            for (long i = 0; i < depth; i += LANES) {
+                long at = r * cols + (c + i) * WORD;
+                store(block + r * (DEPTH + APART) + i, factors(w + at, scale_of(scales, at)));
+            }
         for (long t = 0; t < n; t += PANEL) {
             float *panel = sums + panels * t * ROWS;
             if (c == 0) memset(panel, 0, ROWS * PANEL * sizeof *panel);

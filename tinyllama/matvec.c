@@ -2,16 +2,19 @@
  *
  * With one vector its time is that of reading W from memory: every core reads its share of the rows in order,
  * and asks for what comes 6 kB later. It asks for that into the second cache, for some processors (AMD's Zen 4)
- * read at half the speed when asked for it into the first. Weights are widened to float32 in registers; sums are
- * float32. Numbers are added group by group in the order of columns, whatever the blocks, so that a vector gives
- * the same bits alone and among others, on any number of threads.
+ * read at half the speed when asked for it into the first. Weights are widened to float32 in registers, or taken as
+ * the bfloat16 numbers that x consists of too, where processors multiply such; sums are float32. Numbers are added
+ * group by group in the order of columns, whatever the blocks, so that a vector gives the same bits alone and among
+ * others, on any number of threads.
  *
- * Compiled once for each dtype of W, with -DFLOAT32, -DBFLOAT16, -DFLOAT16 or -DINT8; see native.py.
+ * Compiled once for each dtype of W and each of x and y, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py.
  */
+
+#pragma GCC optimize("schedule-insns") /* or GCC 12 loads numbers anew wherever they are used, registers or not */
 
 #include "weights.h"
 
-/* How many vectors' sums the registers hold. */
+/* How many vectors' sums the registers hold, for each of TALL rows. */
 #if defined(__AVX512F__)
 #define VECTORS 4
 #else
@@ -19,6 +22,7 @@
 #endif
 
 enum {
+    TALL = 2,      /* rows that share what is loaded of several vectors */
     BLOCK = 1024,  /* columns of several vectors at a time: that much of VECTORS stays in the first cache */
     TOGETHER = 16, /* rows that meet them before the next columns come */
     AHEAD = 6144,  /* bytes between what is used and what is asked for */
@@ -33,31 +37,50 @@ INLINE float total(floats sum) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-/* Add to n sums, a constant where this is called, the products of `part` columns of one row. Meanwhile ask for the
- * columns from `from` up to `to` of `next`. A group is summed up by itself: one scale then serves it, and the
- * next need not wait for it. */
-INLINE void dots(const stored *w, const uint16_t *scales, const float *x, floats *sums, long cols, long part,
-                 int n, const stored *next, long from, long to) {
-    floats sum[VECTORS];
-    UNROLL for (int k = 0; k < n; k++) sum[k] = sums[k];
+/* Add to the sums of `tall` rows and n vectors, constants where this is called, the products of `part` columns.
+ * Meanwhile ask for the columns from `from` up to `to` that come `ahead` numbers later. A group is summed up by
+ * itself: one scale then serves it, and the next need not wait for it. */
+INLINE void dots(const stored *w, const uint16_t *scales, const value *x, floats (*sums)[VECTORS], long cols, long part,
+                 int tall, int n, long ahead, long from, long to) {
+    floats sum[TALL][VECTORS];
+    UNROLL for (int r = 0; r < tall; r++)
+        UNROLL for (int k = 0; k < n; k++) sum[r][k] = sums[r][k];
     for (long group = 0; group < part; group += GROUP) {
         if (from <= group && group < to)
-            for (int i = 0; i < GROUP; i += 64 / sizeof(stored)) __builtin_prefetch(next + group + i, 0, 2);
-        floats products[VECTORS];
-        UNROLL for (int i = 0; i < GROUP; i += LANES) {
-            floats weights = widened(w + group + i);
+            UNROLL for (int r = 0; r < tall; r++)
+                UNROLL for (int i = 0; i < GROUP; i += LINE / sizeof(stored))
+                    __builtin_prefetch(w + ahead + r * cols + group + i, 0, 2);
+        floats products[TALL][VECTORS] = {0};
+        UNROLL for (int i = 0; i < GROUP; i += LANES * WORD) {
+            floats row[TALL];
+            UNROLL for (int r = 0; r < tall; r++) row[r] = factors(w + r * cols + group + i, 1);
             UNROLL for (int k = 0; k < n; k++) {
-                floats product = weights * load(x + k * cols + group + i);
-                products[k] = i ? products[k] + product : product;
+                floats column = words(x + k * cols + group + i);
+                UNROLL for (int r = 0; r < tall; r++) products[r][k] = plus(products[r][k], row[r], column);
             }
         }
-        UNROLL for (int k = 0; k < n; k++) sum[k] += products[k] * scale_of(scales, group);
+        UNROLL for (int r = 0; r < tall; r++)
+            UNROLL for (int k = 0; k < n; k++) sum[r][k] += products[r][k] * scale_of(scales, r * cols + group);
     }
-    UNROLL for (int k = 0; k < n; k++) sums[k] = sum[k];
+    UNROLL for (int r = 0; r < tall; r++)
+        UNROLL for (int k = 0; k < n; k++) sums[r][k] = sum[r][k];
+}
+
+/* As above, for up to VECTORS vectors: a constant in each call, to unroll loops by. */
+INLINE void some_dots(const stored *w, const uint16_t *scales, const value *x, floats (*sums)[VECTORS], long cols,
+                      long part, int tall, long n, long ahead, long from, long to) {
+    switch (n) {
+        case 1: dots(w, scales, x, sums, cols, part, tall, 1, ahead, from, to); break;
+        case 2: dots(w, scales, x, sums, cols, part, tall, 2, ahead, from, to); break;
+#if VECTORS == 4
+        case 3: dots(w, scales, x, sums, cols, part, tall, 3, ahead, from, to); break;
+        case 4: dots(w, scales, x, sums, cols, part, tall, 4, ahead, from, to); break;
+#endif
+    }
 }
 
 /* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows). */
-void matvec(const stored *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n) {
+void matvec(const stored *w, const uint16_t *scales, const value *x, value *y, long rows, long cols, long n) {
     long together = 1, block = cols, ahead = AHEAD / sizeof(stored); /* a single vector reads each row to its end */
     if (n > 1) together = TOGETHER, block = BLOCK, ahead = TOGETHER * cols;
 #pragma omp parallel for schedule(static)
@@ -67,24 +90,20 @@ void matvec(const stored *w, const uint16_t *scales, const float *x, float *y, l
             long few = n - k < VECTORS ? n - k : VECTORS;
             floats sums[TOGETHER][VECTORS];
             memset(sums, 0, high * sizeof *sums);
-            for (long c = 0; c < cols; c += block)
-                for (long r = 0; r < high; r++) {
-                    long at = (top + r) * cols + c, part = cols - c < block ? cols - c : block;
-                    long from = part * k / n, to = part * (k + few) / n; /* each its share */
-                    const stored *wr = w + at, *next = wr + ahead;
+            for (long c = 0; c < cols; c += block) {
+                long part = cols - c < block ? cols - c : block;
+                long from = part * k / n, to = part * (k + few) / n; /* each its share */
+                for (long r = 0; r < high; r += TALL) {
+                    long at = (top + r) * cols + c;
                     const uint16_t *s = scales ? scales + at / GROUP : scales;
-                    const float *xk = x + k * cols + c;
-                    switch (few) { /* a constant in each, to unroll loops by */
-                        case 1: dots(wr, s, xk, sums[r], cols, part, 1, next, from, to); break;
-                        case 2: dots(wr, s, xk, sums[r], cols, part, 2, next, from, to); break;
-#if VECTORS == 4
-                        case 3: dots(wr, s, xk, sums[r], cols, part, 3, next, from, to); break;
-                        case 4: dots(wr, s, xk, sums[r], cols, part, 4, next, from, to); break;
-#endif
-                    }
+                    if (high - r < TALL)
+                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, 1, few, ahead, from, to);
+                    else
+                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, TALL, few, ahead, from, to);
                 }
+            }
             for (long i = 0; i < few; i++)
-                for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = total(sums[r][i]);
+                for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = narrow(total(sums[r][i]));
         }
     }
 }

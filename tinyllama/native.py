@@ -32,23 +32,21 @@ STEP_DTYPES = (torch.float32, torch.bfloat16)
 # The longest first.
 BUILDS = [
     *product(["step"], [None], STEP_DTYPES),
-    *product(["matmul"], DTYPES, STEP_DTYPES),
-    *product(["matvec"], DTYPES, [None]),
+    *product(["matmul", "matvec"], DTYPES, STEP_DTYPES),
 ]
 
 # Up to so many vectors at once go through matvec.c, where their cost is little more than that of reading the
-# weights, and more through matmul.c (python scripts/bench.py --products); of bfloat16 ones fewer, where the
-# processor multiplies them itself.
-FEW, FEW_BFLOAT16 = 32, 12
+# weights, and more through matmul.c (python scripts/bench.py --products).
+FEW = 32
 # Products take rows whose length is a multiple of this; 8-bit weights have a scale for as many.
 GROUP = 64
 # matmul.c packs at most so many vectors at once, in panels of 32 or of a half or a quarter of that.
 VECTORS, PANEL = 512, 32
 # step.c takes heads whose size is a multiple of this.
 LANES = 16
-# How processors call their instructions for products of bfloat16 numbers: x86-64's for vectors, used in
-# matmul.c, and those with which PyTorch's product is the faster, x86-64's for matrices and ARM's.
-VECTORS_OF_BFLOAT16, MATRICES_OF_BFLOAT16 = {"avx512_bf16"}, {"amx_bf16", "bf16"}
+# How processors call the instructions for products of bfloat16 numbers with which PyTorch's is the faster:
+# x86-64's for matrices and ARM's.
+MATRICES_OF_BFLOAT16 = {"amx_bf16", "bf16"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS: dict[str, list[type[Any]]] = {
@@ -89,20 +87,13 @@ def linear(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
 
     x, and the result, may be in float16 as well.
     """
-    if few(x.numel() // weight.shape[1], x.dtype):
-        return matvec(weight, scales, x.float()).to(x.dtype)
-    return matmul(weight, scales, x if x.dtype in STEP_DTYPES else x.float()).to(x.dtype)
+    product = matvec if few(x.numel() // weight.shape[1]) else matmul
+    return product(weight, scales, x if x.dtype in STEP_DTYPES else x.float()).to(x.dtype)
 
 
-def few(n: int, dtype: torch.dtype) -> bool:
-    """Whether so many vectors of that dtype are best multiplied by matvec.c."""
-    return n <= _most(dtype)
-
-
-@cache
-def _most(dtype: torch.dtype) -> int:
-    fast = dtype == torch.bfloat16 and _has(VECTORS_OF_BFLOAT16 | MATRICES_OF_BFLOAT16)
-    return FEW_BFLOAT16 if fast else FEW
+def few(n: int) -> bool:
+    """Whether so many vectors are best multiplied by matvec.c."""
+    return n <= FEW
 
 
 def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
@@ -111,15 +102,15 @@ def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     Args:
         weight: (rows, cols), contiguous, in float32, bfloat16, float16 or int8; cols is a multiple of 64.
         scales: for int8, (rows, cols / 64) in bfloat16; None otherwise.
-        x: (..., cols), contiguous, in float32.
+        x: (..., cols), contiguous, in float32, or in bfloat16, to which processors that multiply it round W.
 
     Returns:
-        (..., rows) in float32. A vector's bits are the same alone and among others.
+        (..., rows) in the dtype of x. A vector's bits are the same alone and among others.
     """
     rows, cols = weight.shape
-    y = torch.empty(*x.shape[:-1], rows)
+    y = x.new_empty(*x.shape[:-1], rows)
     place = None if scales is None else scales.data_ptr()
-    _operation("matvec", weight.dtype, None)(
+    _operation("matvec", weight.dtype, x.dtype)(
         weight.data_ptr(), place, x.data_ptr(), y.data_ptr(), rows, cols, x.numel() // cols
     )
     return y
@@ -146,10 +137,7 @@ def _packed(n: int, cols: int) -> int:
 
 
 def matmul(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
-    """As `matvec`, for many vectors: faster, but a vector's bits are not those that it would have there.
-
-    x, and the result, may be in bfloat16: where the processor multiplies such numbers, W is rounded to them.
-    """
+    """As `matvec`, for many vectors: faster, but a vector's bits are not those that it would have there."""
     rows, cols = weight.shape
     n = x.numel() // cols
     y = x.new_empty(*x.shape[:-1], rows)
@@ -258,14 +246,14 @@ def layer(
     (B, T, C), (_, K, slots, D) = x.shape, keys.shape
     weights = [weight for weight, _ in matrices]
     n, width, F = B * T, len(weights[0]), len(weights[4])
-    by_matvec, longest = few(n, x.dtype), max(C, width, F)
-    numbers = 2 * n * longest if by_matvec else _packed(n, longest)
-    room = _room.of(numbers + n * (C + 2 * max(width + K * D, F))).data_ptr()
+    by_matvec = few(n)
+    packed = 0 if by_matvec else _packed(n, max(C, width, F))
+    room = _room.of(packed + n * (C + 2 * max(width + K * D, F))).data_ptr()
     done = _operation("layer", None, x.dtype)(
-        _address("matvec", weights[0].dtype, None) if by_matvec else None,
+        _address("matvec", weights[0].dtype, x.dtype) if by_matvec else None,
         None if by_matvec else _address("matmul", weights[0].dtype, x.dtype),
         *[tensor.data_ptr() for tensor in (x, y)],
-        *(room + numbers * ctypes.sizeof(_FLOAT), room),
+        *(room + packed * ctypes.sizeof(_FLOAT), room),
         (_POINTER * 2)(*[weight.data_ptr() for weight, _ in norms]),
         (_POINTER * 7)(*[weight.data_ptr() for weight in weights]),
         (_POINTER * 7)(*[None if scales is None else scales.data_ptr() for _, scales in matrices]),
@@ -297,7 +285,7 @@ def _require_slots(done: int, slots: int) -> None:
 
 
 @cache
-def _address(name: str, weights: torch.dtype, activations: torch.dtype | None) -> int | None:
+def _address(name: str, weights: torch.dtype, activations: torch.dtype) -> int | None:
     """Where a product is, for compiled code to call it."""
     return ctypes.cast(_library(name, weights, activations)[name], _POINTER).value
 

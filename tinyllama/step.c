@@ -308,27 +308,15 @@ int attend(const value *q, const value *k, const value *v, const value *cos, con
     return 1;
 }
 
-typedef void matvec(const void *w, const uint16_t *scales, const float *x, float *y, long rows, long cols, long n);
+typedef void matvec(const void *w, const uint16_t *scales, const value *x, value *y, long rows, long cols, long n);
 typedef void matmul(const void *const *w, const uint16_t *const *scales, const value *x, float *packed,
                     value *const *y, const long *rows, long count, long cols, long n);
 
-/* y = W x for each of `count` matrices, by the one of the two that is given. numbers: room for x and y in float32
- * where `few` needs them so, or for what `many` packs. */
+/* y = W x for each of `count` matrices, by the one of the two that is given. packed: room for what `many` packs. */
 static void multiply(matvec *few, matmul *many, const void *const *w, const uint16_t *const *scales, const value *x,
-                     value *const *y, float *numbers, const long *rows, long count, long cols, long n) {
-    if (many) {
-        many(w, scales, x, numbers, y, rows, count, cols, n);
-        return;
-    }
-#ifdef X_FLOAT32
-    for (long i = 0; i < count; i++) few(w[i], scales[i], x, y[i], rows[i], cols, n);
-#else
-    for (long i = 0; i < n * cols; i++) numbers[i] = wide(x[i]);
-    for (long i = 0; i < count; i++) {
-        few(w[i], scales[i], numbers, numbers + n * cols, rows[i], cols, n);
-        for (long j = 0; j < n * rows[i]; j++) y[i][j] = narrow(numbers[n * cols + j]);
-    }
-#endif
+                     value *const *y, float *packed, const long *rows, long count, long cols, long n) {
+    if (many) many(w, scales, x, packed, y, rows, count, cols, n);
+    for (long i = 0; i < count && few; i++) few(w[i], scales[i], x, y[i], rows[i], cols, n);
 }
 
 /* y = a + b, n values. */
@@ -340,9 +328,9 @@ static void add(const value *a, const value *b, value *y, long n) {
 
 /* A decoder layer for T tokens in each of B rows. few, many: of matvec.c and matmul.c, one of them NULL.
  * x: (B, T, C). y: likewise, or where B is 1, of the tokens from `first` on; else that is 0. room: for C and the
- * larger of 2 H D + 2 K D and 2 F values of each token. numbers: as above, for the largest of C, H D and F. norms:
+ * larger of 2 H D + 2 K D and 2 F values of each token. packed: as above, for the largest of C, H D and F. norms:
  * two, (C,). w, scales: of q, k, v, o, gate, up, down. The rest, and the result, as in `attend`. */
-int layer(matvec *few, matmul *many, const value *x, value *y, value *room, float *numbers,
+int layer(matvec *few, matmul *many, const value *x, value *y, value *room, float *packed,
           const value *const *norms, const void *const *w, const uint16_t *const *scales, const value *cos,
           const value *sin, const int64_t *positions, value *keys, value *values, long B, long T, long first,
           long C, long H, long K, long D, long F, long slots, const float *eps, float scale) {
@@ -354,17 +342,17 @@ int layer(matvec *few, matmul *many, const value *x, value *y, value *room, floa
     rms_norm(x, norms[0], normed, n, C, eps[0]);
     value *const qkv[] = {q, k, v}, *asked = q + first * H * D;
     const long sizes[] = {H * D, K * D, K * D}, apart = first > 0; /* few queries, and all keys and values */
-    multiply(few, many, w + apart, scales + apart, normed, qkv + apart, numbers, sizes + apart, 3 - apart, C, n);
-    if (apart) multiply(few, many, w, scales, normed + first * C, &asked, numbers, sizes, 1, C, n - first);
+    multiply(few, many, w + apart, scales + apart, normed, qkv + apart, packed, sizes + apart, 3 - apart, C, n);
+    if (apart) multiply(few, many, w, scales, normed + first * C, &asked, packed, sizes, 1, C, n - first);
     attend(q, k, v, cos, sin, positions, keys, values, z, B, T, first, H, K, D, slots, scale);
     n -= first, x += first * C, z += first * H * D;
-    multiply(few, many, w + 3, scales + 3, z, &added, numbers, &C, 1, H * D, n);
+    multiply(few, many, w + 3, scales + 3, z, &added, packed, &C, 1, H * D, n);
     add(x, added, y, n * C);
 
     rms_norm(y, norms[1], normed, n, C, eps[1]);
-    multiply(few, many, w + 4, scales + 4, normed, (value *[]){gate, up}, numbers, (long[]){F, F}, 2, C, n);
+    multiply(few, many, w + 4, scales + 4, normed, (value *[]){gate, up}, packed, (long[]){F, F}, 2, C, n);
     swiglu(gate, up, gate, n * F);
-    multiply(few, many, w + 6, scales + 6, gate, &added, numbers, &C, 1, F, n);
+    multiply(few, many, w + 6, scales + 6, gate, &added, packed, &C, 1, F, n);
     add(y, added, y, n * C);
     return 1;
 }

@@ -41,16 +41,29 @@ INLINE float word(value first, value second) {
     memcpy(&both, &bits, sizeof both);
     return both;
 }
+INLINE floats everywhere(float w) { return (floats)_mm512_set1_ps(w); }
 INLINE floats rounded(floats first, floats second) { return halves(first, second); }
-INLINE floats plus(floats sum, float w, floats x) {
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(w), (__m512bh)x);
+INLINE floats plus(floats sum, floats w, floats x) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 }
 #else
 enum { WORD = 1 };
 INLINE float word(value first, value second) { return (void)second, wide(first); }
+INLINE floats everywhere(float w) { return w - (floats){0}; } /* one in all lanes */
 INLINE floats rounded(floats first, floats second) { return (void)second, first; }
-INLINE floats plus(floats sum, float w, floats x) { return sum + w * x; }
+INLINE floats plus(floats sum, floats w, floats x) { return sum + w * x; }
 #endif
+
+/* LANES words of a vector. */
+INLINE floats words(const value *x) {
+#if defined(X_BFLOAT16) && !defined(PAIRS)
+    float wider[LANES];
+    for (int i = 0; i < LANES; i++) wider[i] = wide(x[i]);
+    return load(wider);
+#else
+    return load((const float *)x);
+#endif
+}
 
 /* y[r][t] += the sum of w[r][k] * x[k][t] over k < depth, for TILE rows r and PANEL columns t of words w and x.
  * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, memory is asked
@@ -63,7 +76,8 @@ INLINE void add_product(const float *w, long row, long step, const float *x, flo
         floats columns[ACROSS];
         UNROLL for (int i = 0; i < ACROSS; i++) columns[i] = load(x + k * PANEL + i * LANES);
         UNROLL for (int r = 0; r < TILE; r++)
-            UNROLL for (int i = 0; i < ACROSS; i++) sums[r][i] = plus(sums[r][i], w[r * row + k * step], columns[i]);
+            UNROLL for (int i = 0; i < ACROSS; i++)
+                sums[r][i] = plus(sums[r][i], everywhere(w[r * row + k * step]), columns[i]);
     }
     UNROLL for (int r = 0; r < TILE; r++)
         UNROLL for (int i = 0; i < ACROSS; i++) {

@@ -1,6 +1,6 @@
 /* Weights as they are kept, and how they become floats: one of -DFLOAT32, -DBFLOAT16, -DFLOAT16 and -DINT8. */
 
-#include "vectors.h"
+#include "values.h"
 
 enum { GROUP = 64 }; /* columns of a row that share a scale in 8 bits; the number of columns is a multiple */
 
@@ -64,5 +64,17 @@ INLINE float scale_of(const uint16_t *scales, long column) {
     return scale;
 #else
     return (void)scales, (void)column, 1;
+#endif
+}
+
+/* LANES words of a row of W, times a scale. */
+INLINE floats factors(const stored *w, float scale) {
+#if defined(PAIRS) && defined(BFLOAT16)
+    return (void)scale, load((const float *)w);
+#elif defined(PAIRS)
+    floats low = widened(w), high = widened(w + LANES);
+    return (floats)_mm512_cvtne2ps_pbh((__m512)(high * scale), (__m512)(low * scale));
+#else
+    return widened(w) * scale;
 #endif
 }

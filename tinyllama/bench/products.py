@@ -63,6 +63,7 @@ WAYS: dict[str, Callable[[Tensor], nn.Module]] = {
     "float32, matvec.c": partial(_Compiled, "matvec"),
     "float32, matmul.c": partial(_Compiled, "matmul"),
     "bfloat16, F.linear": lambda weight: _Functional(weight.bfloat16()),
+    "bfloat16, matvec.c": lambda weight: _Compiled("matvec", weight.bfloat16(), dtype=torch.bfloat16),
     "bfloat16, matmul.c": lambda weight: _Compiled("matmul", weight.bfloat16(), dtype=torch.bfloat16),
     "float16, F.linear": lambda weight: _Functional(weight.half()),
     "bfloat16 weights, matvec.c": lambda weight: _Compiled("matvec", weight.bfloat16()),
