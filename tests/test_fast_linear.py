@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -86,20 +86,20 @@ def test_bfloat16_results_are_the_nearest_and_of_two_the_even_one(n: int):
 
 @compiled
 @pytest.mark.parametrize("flags", [("-O3",), ("-O3", "-mavx2", "-mfma", "-mf16c"), ("-O1", "-march=native")])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kind_of_processor_gets_the_same_product(dtype: str, flags: tuple[str, ...], monkeypatch):
+def test_every_kind_of_processor_gets_the_same_product(flags: tuple[str, ...], monkeypatch):
     # The source has code for AVX-512, for AVX2, and for any other machine.
     if "-mavx2" in flags and "avx2" not in native.CPUINFO.read_text():
         pytest.skip("this machine has no AVX2")
     monkeypatch.setattr(native, "FLAGS", (*flags, "-fPIC", "-fopenmp"))
+    monkeypatch.setattr(native, "BUILDS", [build for build in native.BUILDS if build[0] != "step"])
     _forget()
     try:
-        for n in (5, 77):  # each of the two products
+        for dtype, n in product(DTYPES, (5, 77)):  # each of the two products
             linear, x = layer(69, 1088, dtype), random(n, 1088, seed=1)
             assert_is_the_product(linear(x), wide(linear), x)
             x = x.bfloat16()
             y, exact = linear(x).double(), x.double() @ wide(linear).T
-            assert (y - exact).norm() <= 4e-3 * exact.norm()
+            assert (y - exact).norm() <= 4e-3 * exact.norm(), (dtype, n)
     finally:
         _forget()
 
@@ -239,7 +239,7 @@ def test_the_group_s_largest_weight_sets_its_scale_and_no_other_s():
 
 
 def _forget() -> None:
-    for function in (native._operation, native._library):
+    for function in (native.available, native._operation, native._library):
         function.cache_clear()
 
 
@@ -247,10 +247,8 @@ def _forget() -> None:
 def unbuilt(monkeypatch, tmp_path):
     """No product was ever built here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.available.cache_clear()
     _forget()
     yield tmp_path
-    native.available.cache_clear()
     _forget()
 
 
@@ -280,6 +278,7 @@ def test_without_a_compiler_pytorch_s_products_serve_and_that_is_said_once(
 
 @compiled
 def test_it_is_built_once_and_a_broken_build_leaves_nothing(unbuilt, monkeypatch):
+    monkeypatch.setattr(native, "BUILDS", native.BUILDS[1::8])  # one of each source
     calls = []
     right = subprocess.run
 
@@ -291,11 +290,9 @@ def test_it_is_built_once_and_a_broken_build_leaves_nothing(unbuilt, monkeypatch
     assert native.available()
     built = sorted((unbuilt / "tinyllama").iterdir())
     assert len(built) == len(native.BUILDS)
-    assert all(
-        file.name.startswith(("matvec-", "matmul-", "step-")) and file.suffix == ".so" for file in built
-    )
+    sources = [file.name.partition("-")[0] for file in built if file.suffix == ".so"]
+    assert sources == ["matmul", "matvec", "step"]
     calls.clear()
-    native.available.cache_clear()
     _forget()
     assert native.available()
     assert not calls

@@ -32,7 +32,6 @@ INLINE floats halves(floats first, floats second) {
 /* A lane multiplies words: float32 numbers, or pairs of bfloat16 ones where activations are such and the processor
  * adds the products of both to a float32 sum at once. */
 #if defined(X_BFLOAT16) && defined(__AVX512BF16__)
-#include <immintrin.h>
 #define PAIRS
 enum { WORD = 2 }; /* numbers in one */
 INLINE float word(value first, value second) {
@@ -57,9 +56,7 @@ INLINE floats plus(floats sum, floats w, floats x) { return sum + w * x; }
 /* LANES words of a vector. */
 INLINE floats words(const value *x) {
 #if defined(X_BFLOAT16) && !defined(PAIRS)
-    float wider[LANES];
-    for (int i = 0; i < LANES; i++) wider[i] = wide(x[i]);
-    return load(wider);
+    return load_bfloat16(x);
 #else
     return load((const float *)x);
 #endif

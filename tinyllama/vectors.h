@@ -29,6 +29,25 @@ INLINE floats load(const float *p) {
     return v;
 }
 
+/* Of bfloat16 numbers, the upper halves of float32 ones. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+INLINE floats load_bfloat16(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (floats)_mm512_slli_epi32(wide, 16);
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+INLINE floats load_bfloat16(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (floats)_mm256_slli_epi32(wide, 16);
+}
+#else /* any other: the compiler finds the instructions */
+INLINE floats load_bfloat16(const uint16_t *p) {
+    return (floats)(bits){(uint32_t)p[0] << 16, (uint32_t)p[1] << 16, (uint32_t)p[2] << 16, (uint32_t)p[3] << 16};
+}
+#endif
+
 INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
 
 /* Swap the rows and the columns of LANES vectors. */

@@ -14,38 +14,27 @@ typedef uint16_t stored;
 
 #if defined(FLOAT32)
 INLINE floats widened(const stored *p) { return load(p); }
+#elif defined(BFLOAT16)
+INLINE floats widened(const stored *p) { return load_bfloat16(p); }
 #elif defined(__AVX512F__)
-#include <immintrin.h>
 INLINE floats widened(const stored *p) {
-#if defined(BFLOAT16)
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return (floats)_mm512_slli_epi32(wide, 16);
-#elif defined(FLOAT16)
+#if defined(FLOAT16)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #else
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #endif
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
 INLINE floats widened(const stored *p) {
-#if defined(BFLOAT16)
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return (floats)_mm256_slli_epi32(wide, 16);
-#elif defined(FLOAT16)
+#if defined(FLOAT16)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 #endif
 }
-#else /* any other: the compiler finds the instructions */
+#else
 INLINE floats widened(const stored *p) {
-#if defined(BFLOAT16)
-    uint32_t bits[LANES] = {(uint32_t)p[0] << 16, (uint32_t)p[1] << 16, (uint32_t)p[2] << 16, (uint32_t)p[3] << 16};
-    floats values;
-    memcpy(&values, bits, sizeof values);
-    return values;
-#elif defined(FLOAT16)
+#if defined(FLOAT16)
     _Float16 v[LANES];
     memcpy(v, p, sizeof v);
     return (floats){v[0], v[1], v[2], v[3]};

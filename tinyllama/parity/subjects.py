@@ -51,7 +51,7 @@ class Extent:
 
 
 FULL = Extent(
-    DTYPES, positions=256, long=2040, prompts=6, greedy_ids=20, seeds=5, sampled_ids=8, gradients=True
+    DTYPES, positions=256, long=2040, prompts=10, greedy_ids=40, seeds=20, sampled_ids=8, gradients=True
 )
 # More positions than matvec.c takes at once: the rest of each text goes through it; see `fast.pieces`.
 LARGE = Extent(DTYPES, positions=40, long=0, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3, gradients=False)
