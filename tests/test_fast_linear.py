@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import warnings
 from itertools import pairwise, product
 
@@ -137,6 +138,33 @@ def test_nan_stays_where_it_is(dtype: str):
     for y in (linear(x), linear(x[:7])):
         assert y[5].isnan().all()
         assert torch.cat((y[:5], y[6:])).isfinite().all()
+
+
+BEYOND = """
+import ctypes, mmap, torch
+from tinyllama import native
+
+for dtype in native.DTYPES:
+    rows, cols = 17, mmap.PAGESIZE // dtype.itemsize
+    memory = mmap.mmap(-1, (rows + 1) * mmap.PAGESIZE)
+    memory[:] = bytes(len(memory))
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + rows * mmap.PAGESIZE
+    no_access = 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, no_access) == 0
+    weight = torch.frombuffer(memory, dtype=dtype, count=rows * cols).view(rows, cols)
+    scales = torch.ones(rows, cols // native.GROUP, dtype=torch.bfloat16) if dtype == torch.int8 else None
+    for activations in native.STEP_DTYPES:
+        for n in (1, 2, 5, native.FEW + 1):
+            assert not native.linear(weight, scales, torch.ones(n, cols, dtype=activations)).any()
+print("done")
+"""
+
+
+@compiled
+def test_nothing_is_read_beyond_the_matrix():
+    # It may be the end of a mapped file: reading on would kill the process.
+    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.parametrize("multiplies", [True, False])

@@ -2,10 +2,9 @@
  *
  * With one vector its time is that of reading W from memory: every core reads its share of the rows in order,
  * and asks for what comes 6 kB later. It asks for that into the second cache, for some processors (AMD's Zen 4)
- * read at half the speed when asked for it into the first. Weights are widened to float32 in registers, or taken as
- * the bfloat16 numbers that x consists of too, where processors multiply such; sums are float32. Numbers are added
- * group by group in the order of columns, whatever the blocks, so that a vector gives the same bits alone and among
- * others, on any number of threads.
+ * read at half the speed when asked for it into the first. In registers weights become float32, or bfloat16 where x is
+ * such and processors multiply it; sums are float32. Numbers are added group by group in the order of columns,
+ * whatever the blocks, so that a vector gives the same bits alone and among others, on any number of threads.
  *
  * Compiled once for each dtype of W and each of x and y, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py.
  */
