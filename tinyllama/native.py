@@ -102,7 +102,8 @@ def matvec(weight: Tensor, scales: Tensor | None, x: Tensor) -> Tensor:
     Args:
         weight: (rows, cols), contiguous, in float32, bfloat16, float16 or int8; cols is a multiple of 64.
         scales: for int8, (rows, cols / 64) in bfloat16; None otherwise.
-        x: (..., cols), contiguous, in float32, or in bfloat16, to which processors that multiply it round W.
+        x: (..., cols), contiguous, in float32 or bfloat16. To the latter W is rounded as well, where the
+            processor multiplies such numbers.
 
     Returns:
         (..., rows) in the dtype of x. A vector's bits are the same alone and among others.

@@ -29,7 +29,7 @@ INLINE floats load(const float *p) {
     return v;
 }
 
-/* Of bfloat16 numbers, the upper halves of float32 ones. */
+/* LANES bfloat16 numbers, which are the upper halves of float32 ones. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 INLINE floats load_bfloat16(const uint16_t *p) {
