@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import options
-from tinyllama.terminal import note, progress_line, run, step_progress
+from tinyllama.cli import options
+from tinyllama.cli.terminal import note, progress_line, run, step_progress
 
 if TYPE_CHECKING:
     from tinyllama import LlamaConfig
@@ -49,7 +49,7 @@ def main() -> int:
     args = parse()
     results = measured(args)
     if args.json is not None:
-        from tinyllama.files import replace_text
+        from tinyllama.checkpoints.files import replace_text
 
         text = json.dumps(results, indent=1, allow_nan=False)
         if args.json == "-":
@@ -71,9 +71,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with the machine and the settings."""
     from tinyllama import LlamaConfig
     from tinyllama.bench.charts import require_matplotlib
-    from tinyllama.device import usable_device
-    from tinyllama.files import read_json
-    from tinyllama.machine import machine
+    from tinyllama.checkpoints.files import read_json
+    from tinyllama.device import machine, usable_device
 
     usable_device(args.device)
     if args.png is not None:
@@ -135,7 +134,7 @@ def profile(folder: Path, config: LlamaConfig, args: argparse.Namespace) -> list
 def quality() -> dict[str, Any]:
     """What the fast modes cost, on the embedded model."""
     from tinyllama.bench import quality as measures
-    from tinyllama.hub import resolve
+    from tinyllama.checkpoints.hub import resolve
 
     with progress_line() as done:
         return measures.quality(resolve("smollm2"), done=done)

@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import options, terminal
+from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
 
 if TYPE_CHECKING:
-    from tinyllama.conversation import Conversation
+    from tinyllama.text.conversation import Conversation
 
 EXAMPLES = """\
   python scripts/chat.py
@@ -50,7 +50,7 @@ def main() -> int:
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 
-    from tinyllama.conversation import Conversation
+    from tinyllama.text.conversation import Conversation
 
     conversation = Conversation(model, tokenizer, system(args.system), strict=args.strict_chat)
     context = model.config.max_position_embeddings

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import tinyllama
-from tinyllama import options, terminal
+from tinyllama.cli import options, terminal
 
 if TYPE_CHECKING:
     from tinyllama import Llama

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinyllama import options, terminal
-from tinyllama.hub import DEFAULT_MODEL, checkpoint_folders, resolve, weights_folder
+from tinyllama.checkpoints.hub import DEFAULT_MODEL, checkpoint_folders, resolve, weights_folder
+from tinyllama.cli import options, terminal
 
 EXAMPLES = f"""\
   python scripts/download.py                            {DEFAULT_MODEL} (2.2 GB)

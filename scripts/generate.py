@@ -15,7 +15,7 @@ import time
 import warnings
 
 import tinyllama
-from tinyllama import options, terminal
+from tinyllama.cli import options, terminal
 
 EXAMPLES = """\
   python scripts/generate.py "Greetings!" --max-new-tokens 30

@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import InputError, options
-from tinyllama.terminal import note, read_text, run, step_progress
+from tinyllama import InputError
+from tinyllama.cli import options
+from tinyllama.cli.terminal import note, read_text, run, step_progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import options
-from tinyllama.terminal import note, progress_line, read_text, run
+from tinyllama.cli import options
+from tinyllama.cli.terminal import note, progress_line, read_text, run
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer
@@ -44,7 +44,7 @@ def main() -> int:
     if args.list:
         show_variants()
         return 0
-    from tinyllama.files import replace_text
+    from tinyllama.checkpoints.files import replace_text
 
     changes = read_changes(args)
     model, tokenizer = options.load(args)

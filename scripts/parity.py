@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama import options
-from tinyllama.terminal import note, progress_line, read_text, run, visible
+from tinyllama.cli import options
+from tinyllama.cli.terminal import note, progress_line, read_text, run, visible
 
 if TYPE_CHECKING:
     from tinyllama.parity.report import Figures
@@ -44,7 +44,7 @@ exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 def main() -> int:
     """Compare, print the results, and return 1 where anything fails."""
     args = parse()
-    from tinyllama.files import replace_text
+    from tinyllama.checkpoints.files import replace_text
     from tinyllama.parity import report
     from tinyllama.parity.page import page
     from tinyllama.parity.suite import Suite
@@ -95,7 +95,7 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
 
 def default_models(quick: bool) -> list[str]:
     """What can be had without a download."""
-    from tinyllama.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
+    from tinyllama.checkpoints.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
 
     if quick:
         return [EMBEDDED_MODEL]
@@ -105,7 +105,7 @@ def default_models(quick: bool) -> list[str]:
 def subject(name: str, args: argparse.Namespace) -> Subject:
     """The model of that name, with the texts to compare it on."""
     from tinyllama import LlamaConfig, Tokenizer
-    from tinyllama.hub import DEFAULT_MODEL, on_disk, resolve
+    from tinyllama.checkpoints.hub import DEFAULT_MODEL, on_disk, resolve
     from tinyllama.parity.subjects import Checkpoint, Shape
 
     if name == SHAPE:

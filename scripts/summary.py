@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import options, terminal
+from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def main() -> None:
 
 def find_config(name: str | None) -> tuple[str, LlamaConfig]:
     """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
-    from tinyllama import LlamaConfig, hub
-    from tinyllama.files import read_json
+    from tinyllama import LlamaConfig
+    from tinyllama.checkpoints import hub
+    from tinyllama.checkpoints.files import read_json
 
     if name in (None, hub.DEFAULT_MODEL):
         folder = hub.on_disk(hub.DEFAULT_MODEL)
@@ -89,7 +90,7 @@ def download_config(repo_id: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    from tinyllama.hub import ask_hub, one_line
+    from tinyllama.checkpoints.hub import ask_hub, one_line
 
     commit = ask_hub(repo_id, None).sha
     try:

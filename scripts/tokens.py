@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama import options, terminal
-from tinyllama.hub import resolve
-from tinyllama.tokenizer import Token, Tokenizer
+from tinyllama.checkpoints.hub import resolve
+from tinyllama.cli import options, terminal
+from tinyllama.text.tokenizer import Token, Tokenizer
 
 EXAMPLES = """\
   python scripts/tokens.py "Hello World!"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_tokenizers import find_llama_folder
-from tinyllama.hub import resolve
-from tinyllama.tokenizer import Tokenizer
+from tests.text.tiny_tokenizers import find_llama_folder
+from tinyllama.checkpoints.hub import resolve
+from tinyllama.text.tokenizer import Tokenizer
 
 SHARED_VARIABLE = "TINYLLAMA_SHARED"
 

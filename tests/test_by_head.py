@@ -11,10 +11,10 @@ from torch import nn
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.activations import capture, patch
 from tinyllama.attention import AttentionContext, Visibility, eager, kernel_name, sdpa
 from tinyllama.by_head import ByHead
 from tinyllama.errors import InputError
+from tinyllama.hooks import capture, patch
 
 B, T, H, L = 2, 7, 8, 4
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 import tinyllama
-from tests.tiny_tokenizers import DOWNLOADED
+from tests.text.tiny_tokenizers import DOWNLOADED
+from tinyllama.checkpoints.hub import weights_folder
 from tinyllama.config import LlamaConfig
-from tinyllama.hub import weights_folder
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_scripts import load_script
-from tinyllama import Tokenizer, terminal
+from tests.scripts.test_scripts import load_script
+from tinyllama import Tokenizer
+from tinyllama.cli import terminal
 from tinyllama.lab import scorecard
 from tinyllama.lab.kernel_file import VARIANTS
 

@@ -14,16 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyllama
+from tests.scripts.test_scripts import load_script
 from tests.shapes import some_ids, tiny_model
 from tests.test_generation import Letters
-from tests.test_scripts import load_script
-from tinyllama import options, speculation, terminal
-from tinyllama.conversation import Conversation
+from tinyllama import speculation
+from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
 from tinyllama.generation import TextReply, generate, stream
 from tinyllama.parity.continuations import SETTINGS
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 from tinyllama.speculation import Speculation, draft
+from tinyllama.text.conversation import Conversation
 
 PROMPT = some_ids(1, 7, seed=7)[0].tolist()
 ROUNDS = [9, 4, 7, 9, 4, 7, 9, 4]  # its last ids occurred before: there is a guess at the first pass

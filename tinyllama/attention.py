@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
-from tinyllama.linear import Linear
+from tinyllama.fast.split_linear import Linear
 from tinyllama.rope import RotaryEmbedding, rotate
 
 

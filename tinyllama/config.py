@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyllama.checkpoints.files import read_json
 from tinyllama.errors import InputError
-from tinyllama.files import read_json
 
 # Fields of config.json with no effect on the forward pass: about the file, training or generation defaults.
 IGNORED = frozenset(

@@ -1,12 +1,18 @@
-"""Where a model computes, in what dtype, and whether it fits."""
+"""Where a model computes, in what dtype, whether it fits, and what figures were measured on."""
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tinyllama.errors import InputError
+
+CPUINFO = Path("/proc/cpuinfo")
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -72,3 +78,30 @@ def free_memory(device: torch.device) -> int | None:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, GPU, and the versions that compute; None for what is not there."""
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "tinyllama": _version("tinyllama"),
+    }
+
+
+def _processor() -> str:
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

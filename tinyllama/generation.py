@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tinyllama.cache import KVCache
-from tinyllama.compiled import CompiledStep
 from tinyllama.errors import InputError
+from tinyllama.fast.graph import CompiledStep
 from tinyllama.model import Llama
 from tinyllama.sampler import Sampler
 from tinyllama.speculation import Speculation
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 # Tokens of a prompt that go through the model at once: enough to keep the matrix units busy, few enough that
 # the attention scores of a long prompt (T x S for every head) stay small.

@@ -13,7 +13,7 @@ from tinyllama.by_head import ByHead
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
-from tinyllama.linear import Linear
+from tinyllama.fast.split_linear import Linear
 from tinyllama.rope import RotaryEmbedding
 
 

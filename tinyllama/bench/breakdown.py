@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyllama.bench.ours import EMBEDDING, Ours, cached_bytes, weight_bytes
 from tinyllama.cache import KVCache
-from tinyllama.fused import FusedAttention, FusedBlock
+from tinyllama.fast.fused import FusedAttention, FusedBlock
 from tinyllama.model import Block
 
 Figures = dict[str, Any]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from tinyllama.checkpoint import find_tensors
+from tinyllama.checkpoints.embedded import LAYER_TENSORS
+from tinyllama.checkpoints.load import find_tensors
 from tinyllama.config import LlamaConfig
-from tinyllama.embedded import LAYER_TENSORS
 from tinyllama.errors import InputError
 
 if TYPE_CHECKING:

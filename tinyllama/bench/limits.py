@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from tinyllama.fast_linear import FastLinear
+from tinyllama.fast.linear import FastLinear
 
 BYTES = 1_000_000_000
 SUMS = 5

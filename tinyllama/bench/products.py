@@ -12,12 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama import native
 from tinyllama.bench.limits import timed
 from tinyllama.bench.ours import weight_bytes
 from tinyllama.bench.tables import heading, table
-from tinyllama.fast_linear import FastLinear, quantise
-from tinyllama.linear import Linear
+from tinyllama.fast import native
+from tinyllama.fast.linear import FastLinear, quantise
+from tinyllama.fast.split_linear import Linear
 
 Figures = dict[str, Any]
 Way = Callable[[Tensor], Tensor]

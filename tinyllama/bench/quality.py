@@ -19,7 +19,7 @@ from tinyllama.errors import InputError
 from tinyllama.lab.perplexity import perplexity
 from tinyllama.parity import texts
 from tinyllama.parity.measure import Difference, difference
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 Figures = dict[str, Any]
 Logits = Callable[[Sequence[int]], Tensor]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama import native
 from tinyllama.attention import AttentionContext, Visibility
 from tinyllama.bench.limits import timed
 from tinyllama.config import LlamaConfig
-from tinyllama.fused import FusedAttention
+from tinyllama.fast import native
+from tinyllama.fast.fused import FusedAttention
 from tinyllama.model import Llama
 
 Figures = dict[str, Any]

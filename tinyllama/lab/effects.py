@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from tinyllama.activations import capture
 from tinyllama.attention import AttentionContext, Kernel
+from tinyllama.hooks import capture
 from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import broken_clauses
 from tinyllama.model import Llama

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllama.activations import capture, patch
 from tinyllama.attention import eager
 from tinyllama.device import check_memory
 from tinyllama.errors import InputError
+from tinyllama.hooks import capture, patch
 from tinyllama.lab.change import Change
 from tinyllama.model import Llama
 

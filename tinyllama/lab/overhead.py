@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from tinyllama.activations import capture, matching, numel
 from tinyllama.attention import Tap
+from tinyllama.hooks import capture, matching, numel
 from tinyllama.model import Llama
 
 CALLS = 10_000

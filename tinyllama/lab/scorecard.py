@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyllama.attention import kernel_name
+from tinyllama.device import machine
 from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import CLAUSES
@@ -17,10 +18,9 @@ from tinyllama.lab.contract import check_attention
 from tinyllama.lab.effects import direct_changes, keys_needed, observe, total_changes
 from tinyllama.lab.perplexity import perplexity
 from tinyllama.lab.speed import speeds
-from tinyllama.machine import machine
 from tinyllama.model import Llama
 from tinyllama.parity.measure import Difference, difference
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 Figures = dict[str, Any]
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama.activations import addresses, numel, shape
+from tinyllama.cli.terminal import visible
+from tinyllama.hooks import addresses, numel, shape
 from tinyllama.model import Llama
-from tinyllama.terminal import visible
 
 Figures = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinyllama.terminal import visible
+from tinyllama.cli.terminal import visible
 
 Figures = dict[str, Any]
 Formatted = Callable[[str, Any], str]

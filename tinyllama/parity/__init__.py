@@ -4,41 +4,7 @@
 `python scripts/parity.py` does both for this project's own model; docs/different-logits.md shows how.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING
-
-from tinyllama.lazy import lazily
-
-if TYPE_CHECKING:
-    from tinyllama.parity.comparison import Comparison, compare, kernel_run, reference_run
-    from tinyllama.parity.divergence import Divergence, bisect
-    from tinyllama.parity.measure import Difference, Verdict, difference, judge
-    from tinyllama.parity.oracle import oracle_logits
-    from tinyllama.parity.reference import config_fields, reference_model
-
-__all__ = [
-    "Comparison",
-    "Difference",
-    "Divergence",
-    "Verdict",
-    "bisect",
-    "compare",
-    "config_fields",
-    "difference",
-    "judge",
-    "kernel_run",
-    "oracle_logits",
-    "reference_model",
-    "reference_run",
-]
-
-_PLACES = {
-    "comparison": ["Comparison", "compare", "kernel_run", "reference_run"],
-    "divergence": ["Divergence", "bisect"],
-    "measure": ["Difference", "Verdict", "difference", "judge"],
-    "oracle": ["oracle_logits"],
-    "reference": ["config_fields", "reference_model"],
-}
-
-__getattr__ = lazily(__name__, _PLACES)
+# The names are listed in __init__.pyi, and imported on first use: `--help` need not wait for PyTorch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama import native
-from tinyllama.activations import shape
 from tinyllama.attention import Kernel, sdpa
 from tinyllama.config import LlamaConfig
-from tinyllama.fast_linear import FastLinear, Int8Linear
-from tinyllama.fused import fuse
-from tinyllama.linear import Linear
+from tinyllama.fast import native
+from tinyllama.fast.fused import fuse
+from tinyllama.fast.linear import FastLinear, Int8Linear
+from tinyllama.fast.native import GROUP
+from tinyllama.fast.split_linear import Linear
+from tinyllama.fast.storage import Storage
+from tinyllama.hooks import shape
 from tinyllama.model import Llama
-from tinyllama.native import GROUP
 from tinyllama.parity.divergence import Run
 from tinyllama.parity.reference import reference_model
 from tinyllama.parity.trace import Trace, reference_trace, their_path, watch
-from tinyllama.storage import Storage
 
 # Of the pieces after the first, over and over: matvec.c takes vectors by four, two or one at a time.
 PIECES = range(1, 9)

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from tinyllama.generation import generate
 from tinyllama.model import Llama
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 
 def notebook_failures(model: Llama, tokenizer: Tokenizer) -> list[str]:

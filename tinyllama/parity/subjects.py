@@ -9,14 +9,14 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from tinyllama.checkpoint import load_model
+from tinyllama.checkpoints.load import load_model
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.parity import texts
 from tinyllama.parity.fixture import random_ids, unit_gain_
 from tinyllama.parity.texts import PROMPTS
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 # Widest first: the random shape is rounded from one to the next.
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tinyllama.attention import KERNELS, Kernel
+from tinyllama.device import machine
 from tinyllama.errors import InputError
-from tinyllama.machine import machine
 from tinyllama.model import Llama
 from tinyllama.parity import report
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths

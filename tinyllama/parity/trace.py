@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from tinyllama.activations import hooked
+from tinyllama.hooks import hooked
 from tinyllama.model import Llama
 
 # Of one layer, in the order in which they are computed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from tinyllama.tokenizer import Tokenizer
+from tinyllama.text.tokenizer import Tokenizer
 
 NAMES = ("english", "code", "chinese", "scripts")
 # Beginnings to be continued.

@@ -1,0 +1,1 @@
+"""A model's name -> a folder -> weights: the Hub, the embedded model, files, loading."""

@@ -1,0 +1,1 @@
+"""Speed, and nothing else: without this folder the project is slower and works."""

@@ -1,0 +1,13 @@
+from .change import Change as Change
+from .clauses import CLAUSES as CLAUSES
+from .clauses import breaks as breaks
+from .contract import check_attention as check_attention
+from .healing import heal as heal
+from .healing import load_healed as load_healed
+from .healing import save_healed as save_healed
+from .interpretation import activation_patching as activation_patching
+from .interpretation import direct_logit_attribution as direct_logit_attribution
+from .interpretation import head_scores as head_scores
+from .interpretation import logit_lens as logit_lens
+from .kernel_file import VARIANTS as VARIANTS
+from .kernel_file import load_kernel as load_kernel

@@ -1,0 +1,13 @@
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .comparison import kernel_run as kernel_run
+from .comparison import reference_run as reference_run
+from .divergence import Divergence as Divergence
+from .divergence import bisect as bisect
+from .measure import Difference as Difference
+from .measure import Verdict as Verdict
+from .measure import difference as difference
+from .measure import judge as judge
+from .oracle import oracle_logits as oracle_logits
+from .reference import config_fields as config_fields
+from .reference import reference_model as reference_model

@@ -1,0 +1,1 @@
+"""Text <-> ids: tokenizer, vocabularies, special tokens, chat templates, conversations."""

@@ -1,0 +1,188 @@
+"""Chat messages -> the segments of a prompt, by the checkpoint's own template.
+
+The template is code from a download, so it runs in jinja2's sandbox. The messages are text from a user, so
+a special token typed there stays text: nobody can end a turn, or begin one, from inside a message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tinyllama.errors import InputError
+from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
+
+# Role markers as templates spell them where they are not special tokens: <|user|>, [INST], <<SYS>>.
+ROLE_MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>|\[/?[A-Z_]+\]|<</?[A-Z_]+>>")
+MASKS = range(0x10FFFD, 0xFFFF, -1)  # from the private-use planes down
+
+Message = dict[str, Any]
+
+
+class RoleMarkerWarning(UserWarning):
+    """A message contains a role marker of the template, and the model cannot tell who wrote it."""
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    special: SpecialTokens,
+    names: dict[str, str],
+    add_generation_prompt: bool = True,
+    strict: bool = False,
+) -> list[Segment]:
+    """The prompt for a chat, in segments; their texts joined are what transformers renders.
+
+    Args:
+        template: jinja2 source, given the helpers and variables that it has in transformers.
+        messages: dicts with a `role` and a `content`: a string, or a list of {"type": "text", "text": ...}.
+        special: special tokens become segments of their own where the template wrote them.
+        names: `bos_token`, `eos_token` and their like, for the template.
+        add_generation_prompt: end with the opening of the assistant's turn.
+        strict: refuse role markers in a message, instead of a `RoleMarkerWarning`.
+
+    Raises:
+        InputError: messages of another structure, a template that fails or reaches out of its sandbox, or
+            a role marker under `strict`.
+    """
+    messages = plain_messages(messages, special)
+    check_role_markers(template, messages, special, strict)
+    variables = {**names, "add_generation_prompt": add_generation_prompt}
+
+    used = set(template).union(*names.values(), *special.control, json.dumps(messages, ensure_ascii=False))
+    unused = (chr(code) for code in MASKS if chr(code) not in used)
+    begin, end = next(unused), next(unused)
+    mask = {character: next(unused) for character in sorted(set().union(*special.control))}
+    unmask = {ord(masked): character for character, masked in mask.items()}
+
+    hidden = map_contents(messages, partial(special.hide, mask=mask))
+    rendered = render(template, hidden, variables)
+    # Marks at the ends of the messages tell whose text is whose. A template that trims the messages, or looks
+    # at their ends, may treat a marked one differently: then the marks go inside the white space, or nowhere.
+    for trimmed in (False, True):
+        enclosed = map_contents(hidden, partial(enclose, begin=begin, end=end, trimmed=trimmed))
+        marked = render(template, enclosed, variables)
+        if marked.replace(begin, "").replace(end, "") == rendered:
+            break
+    else:
+        marked = rendered
+
+    segments: list[Segment] = []
+    origin = "template"
+    for stretch in re.split(f"([{begin}{end}])", marked):
+        if stretch in (begin, end):
+            origin = "text" if stretch == begin else "template"
+        else:
+            segments += special.split(stretch, origin)
+    return [Segment(segment.text.translate(unmask), segment.origin) for segment in segments]
+
+
+def enclose(text: str, begin: str, end: str, trimmed: bool) -> str:
+    """Mark both ends of a text, or of what is left of it when trimmed."""
+    core = text.strip() if trimmed else text
+    return text.replace(core, begin + core + end, 1) if core else text
+
+
+def map_contents(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
+    """The messages with every text in their contents changed."""
+
+    def changed(content: str | list[Message]) -> str | list[Message]:
+        if isinstance(content, str):
+            return change(content)
+        return [{**part, "text": change(part["text"])} for part in content]
+
+    return [{**message, "content": changed(message["content"])} for message in messages]
+
+
+def plain_messages(messages: Sequence[Message], special: SpecialTokens) -> list[Message]:
+    """A checked copy of the messages in plain JSON types, which hold nothing that a template could call."""
+    if not isinstance(messages, (list, tuple)):
+        raise InputError(
+            f"chat: expected a list of messages, got {type(messages).__name__}; pass a list of dicts"
+        )
+    if not messages:
+        raise InputError("chat: no messages; give at least one with a role and a content")
+    try:
+        copies: list[Message] = json.loads(json.dumps(messages))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"chat: messages must be plain data ({error}); use strings, lists and dicts"
+        ) from error
+    for index, message in enumerate(copies):
+        check_message(message, f"chat: message {index}", special)
+    return copies
+
+
+def check_message(message: Message, where: str, special: SpecialTokens) -> None:
+    """Raise InputError for a message without a role or a text content, or with special tokens elsewhere."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise InputError(f"{where}: expected a dict with 'role' and 'content', got {message!r:.80}")
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InputError(
+                f"{where}: expected 'content' to be a string or a list of {{'type': 'text', 'text': ...}}, "
+                f"got {content!r:.80}"
+            )
+        check_text(part["text"], where)
+    (rest,) = map_contents([message], lambda text: "")
+    spelled = json.dumps(rest, ensure_ascii=False)
+    check_text(spelled, where)
+    for token in special.control:
+        # Templates compare these values with constants, so they cannot be masked.
+        if json.dumps(token, ensure_ascii=False)[1:-1] in spelled:
+            raise InputError(f"{where}: special token {token!r} outside the content; remove it there")
+
+
+def check_role_markers(template: str, messages: list[Message], special: SpecialTokens, strict: bool) -> None:
+    """Warn of, or refuse, role markers in a message: they are plain text, so no id tells who wrote them."""
+    markers = sorted(set(ROLE_MARKER.findall(template)).difference(special.control))
+    for index, message in enumerate(messages):
+        content = message["content"]
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        for marker in markers:
+            if marker in text:
+                problem = (
+                    f"chat: message {index} contains {marker!r}, which the model reads as the start of a turn"
+                )
+                if strict:
+                    raise InputError(f"{problem}; remove it")
+                warnings.warn(problem, RoleMarkerWarning, stacklevel=5)  # the caller of Tokenizer.chat
+
+
+def render(template: str, messages: list[Message], variables: dict[str, Any]) -> str:
+    """Render a chat template in the sandbox; raises InputError for whatever goes wrong in it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # The class itself has methods that the sandbox would let change a message: dict.update(messages[0], ...).
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=messages, tools=None, documents=None, **variables)
+    except Exception as error:  # a template raises whatever its expressions do
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"chat template: {reason}; change the messages, or use another checkpoint"
+        ) from error
+
+
+def raise_exception(message: str) -> NoReturn:
+    """How a template refuses messages."""
+    raise TemplateError(message)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """JSON as it is: jinja2's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,0 +1,215 @@
+"""Text <-> ids.
+
+A text is cut at its special tokens; what lies between goes through the vocabulary on its own. Back again,
+every id stands for some bytes, and a text is their concatenation read as UTF-8.
+"""
+
+from __future__ import annotations
+
+import codecs
+import operator
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from tinyllama.errors import InputError
+from tinyllama.text.chat import Message, render_chat
+from tinyllama.text.json_vocabulary import JsonVocabulary
+from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
+from tinyllama.text.tokenizer_files import TokenizerFiles
+from tinyllama.text.vocabulary import SPACE, SentencePieceVocabulary, Vocabulary
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Token(NamedTuple):
+    """One id of a prompt; `origin` is "special", "template" or "text" (a user's)."""
+
+    id: int
+    origin: str
+
+
+class Tokenizer:
+    """Text <-> ids for one checkpoint.
+
+    Attributes:
+        vocab_size: highest id + 1, added tokens included.
+        bos_id, eos_id, pad_id: None where the checkpoint names no such token.
+        special_ids: the ids that `skip_special` leaves out of a decoded text.
+        chat_template: jinja2 source, None where the checkpoint is no chat model.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        vocabulary: Vocabulary = SentencePieceVocabulary(files) if files.model else JsonVocabulary(files)
+        added = files.added_tokens()
+        ids = {text: index for text, (index, _) in added.items()}
+        names = {}
+        for name in NAMED_TOKENS:
+            text = files.named_token(name, vocabulary.named_tokens.get(name))
+            if text is None:
+                continue
+            index = ids.get(text, vocabulary.find(text))
+            if index is None:
+                raise files.config_error(f"{name} is {text!r}, which is not in the vocabulary")
+            ids[text] = index
+            names[name] = text
+        adds_bos = files.setting("add_bos_token")
+        if files.setting("add_eos_token"):
+            raise files.config_error("add_eos_token is true, which is not supported")
+        if adds_bos and "bos_token" not in names:
+            raise files.config_error("add_bos_token is true, but there is no bos_token")
+
+        control = {text for text, (_, special) in added.items() if special} | set(names.values())
+        self.bos_id = ids.get(names.get("bos_token", ""))
+        self.eos_id = ids.get(names.get("eos_token", ""))
+        self.pad_id = ids.get(names.get("pad_token", ""))
+        self.special_ids = frozenset(ids[text] for text in control)
+        self.vocab_size = max([vocabulary.size - 1, *ids.values()]) + 1
+        self.chat_template = files.chat_template
+        self._folder = files.folder
+        self._vocabulary = vocabulary
+        self._ids = ids
+        self._texts = {index: text for text, index in ids.items()}
+        self._names = names
+        self._special = SpecialTokens(ids, control)
+        self._adds_bos = vocabulary.adds_bos if adds_bos is None else adds_bos
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint folder: tokenizer.model where there is one, else tokenizer.json.
+
+        Raises InputError for files that are missing, damaged, or ask for something that is not supported.
+        """
+        return cls(TokenizerFiles.read(Path(folder)))
+
+    def __repr__(self) -> str:
+        """What a reader wants to know first: `print(tokenizer)`."""
+        special = {name.removesuffix("_token"): (text, self._ids[text]) for name, text in self._names.items()}
+        return (
+            f"Tokenizer({self._folder.name}, vocab_size={self.vocab_size}, special={special}, "
+            f"adds_bos={self._adds_bos}, chat_template={'yes' if self.chat_template else 'no'})"
+        )
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The ids of a text, after BOS where the model is used to one; special tokens in it are recognised.
+
+        Raises InputError for a lone surrogate, or a character that the vocabulary has no tokens for.
+        """
+        return [token.id for token in self.tokens(text, bos)]
+
+    def tokens(self, text: str, bos: bool = True) -> list[Token]:
+        """As `encode`, with the origin of every id."""
+        check_text(text, "text")
+        begin = [Token(self.bos_id, "special")] if bos and self._adds_bos and self.bos_id is not None else []
+        return begin + self.encode_segments(self._special.split(text, "text"))
+
+    def chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, strict: bool = False
+    ) -> list[int]:
+        """The prompt ids of a chat, with no BOS but the template's: transformers' `apply_chat_template`.
+
+        Unlike there, special tokens in a message stay text. Role markers in one (`<|user|>` in TinyLlama) are
+        text anyway: a `RoleMarkerWarning`, an InputError under `strict`. See `render_chat`.
+        """
+        segments = self.chat_segments(messages, add_generation_prompt, strict)
+        return [token.id for token in self.encode_segments(segments)]
+
+    def chat_segments(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, strict: bool = False
+    ) -> list[Segment]:
+        """The text that `chat` encodes, in segments of one origin: template, special token, or a message."""
+        if self.chat_template is None:
+            raise InputError(
+                f"{self._folder}: no chat template, expected one in chat_template.jinja or "
+                "tokenizer_config.json; use a chat model, or a plain prompt"
+            )
+        return render_chat(
+            self.chat_template, messages, self._special, self._names, add_generation_prompt, strict
+        )
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises InputError for an id that is not in the vocabulary.
+        """
+        stream = self.stream(skip_special=skip_special)
+        return "".join([*map(stream.feed, ids), stream.flush()])
+
+    def stream(self, context: Sequence[int] = (), skip_special: bool = True) -> TextStream:
+        """A decoder for ids that come one by one after the ids in `context`."""
+        return TextStream(self, context, skip_special)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token contributes to a text: of a special token, those of its name."""
+        self.piece(id)
+        return self._texts[id].encode("utf-8") if id in self._texts else self._vocabulary.token_bytes(id)
+
+    def piece(self, id: int) -> str:
+        """A token as the vocabulary spells it: "▁Hello", "<0x0A>", "Ġworld"."""
+        piece = self._texts.get(id) or (self._vocabulary.piece(id) if id >= 0 else None)
+        if piece is None:
+            raise InputError(
+                f"id {id} is not in the vocabulary of {self._folder}, expected 0 to {self.vocab_size - 1}; "
+                "use the ids of this model"
+            )
+        return piece
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[Token]:
+        """The ids of a text in segments, with their origins; a token with bytes of two counts as text."""
+        tokens: list[Token] = []
+        for special, group in groupby(segments, key=lambda segment: segment.origin == "special"):
+            if special:
+                tokens += [Token(self._ids[segment.text], "special") for segment in group]
+            else:
+                tokens += self._encode_part(list(group), first=not tokens)
+        return tokens
+
+    def _encode_part(self, segments: list[Segment], first: bool) -> list[Token]:
+        """Encode the text between two special tokens; a token may reach over the border of two segments."""
+        ids = self._vocabulary.encode("".join(segment.text for segment in segments), first)
+        if len(segments) == 1:
+            return [Token(index, segments[0].origin) for index in ids]
+        origins: list[str] = []  # of every byte
+        for segment in segments:
+            text = segment.text.replace(SPACE, " ") if self._vocabulary.spells_space else segment.text
+            origins += [segment.origin] * len(text.encode("utf-8"))
+        lengths = [len(self.token_bytes(index)) for index in ids]
+        start = len(origins) - sum(lengths)  # -1 where there is a dummy prefix
+        tokens = []
+        for index, length in zip(ids, lengths, strict=True):
+            covered = origins[max(start, 0) : max(start + length, 1)]
+            tokens.append(Token(index, "text" if "text" in covered else "template"))
+            start += length
+        return tokens
+
+
+class TextStream:
+    """Decodes ids one by one: the texts that `feed` and `flush` return, joined, are the decoded whole.
+
+    A character that comes in several tokens is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int], skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._drops_space = tokenizer._vocabulary.dummy_prefix
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer._vocabulary.decode_errors)
+        for id in context:
+            self.feed(id)
+
+    def feed(self, id: int) -> str:
+        """The text that is certain now, possibly none; raises InputError for an id out of the vocabulary."""
+        id = operator.index(id)
+        data = self._tokenizer.token_bytes(id)
+        if id in self._skipped:
+            return ""
+        # The first space is the dummy prefix; a byte token or a special token never is.
+        if self._drops_space and self._tokenizer.piece(id).startswith(SPACE):
+            data = data[1:]
+        self._drops_space = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """The text of the bytes still held back: at the end, U+FFFD for a character cut short."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,158 @@
+"""What a checkpoint folder says about its tokenizer: the vocabulary file, added tokens, chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllama.checkpoints.files import AGAIN, read_bytes, read_json
+from tinyllama.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer files of one folder, read but not yet interpreted.
+
+    `model` is the content of tokenizer.model, `json` that of tokenizer.json: one of them is there, or both.
+    `config` is tokenizer_config.json, empty where the folder has none.
+    """
+
+    folder: Path
+    model: bytes | None
+    json: dict[str, Any] | None
+    config: dict[str, Any]
+    chat_template: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Read a folder; raises InputError for files that are missing, or not what their name says."""
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give a checkpoint folder with a tokenizer in it")
+        model, definition, config = (
+            folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+        )
+        if not model.exists() and not definition.exists():
+            raise InputError(f"{folder}: no tokenizer, expected tokenizer.model or tokenizer.json; {AGAIN}")
+        settings = read_json(config) if config.exists() else {}
+        return cls(
+            folder=folder,
+            model=read_bytes(model) if model.exists() else None,
+            json=read_json(definition) if definition.exists() else None,
+            config=settings,
+            chat_template=find_chat_template(folder, settings),
+        )
+
+    def setting(self, name: str) -> bool | None:
+        """A switch of tokenizer_config.json; None where it is absent or null."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.config_error(f"{name} is {value!r}, expected true or false")
+        return value
+
+    def named_token(self, name: str, default: str | None) -> str | None:
+        """The text of `bos_token` and its like: a string, or an object with a "content"."""
+        value = self.config.get(name, default)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not (isinstance(text, str) and text):
+            raise self.config_error(f"{name} is {value!r}, expected a string")
+        return text
+
+    def config_error(self, problem: str) -> InputError:
+        """An error about tokenizer_config.json."""
+        return InputError(f"{self.folder / 'tokenizer_config.json'}: {problem}; correct it")
+
+    def added_tokens(self) -> dict[str, tuple[int, bool]]:
+        """Text -> (id, special) of the tokens that are split off before the vocabulary sees a text.
+
+        Raises InputError for a token that wants more than that: to swallow the spaces beside it (`lstrip`,
+        `rstrip`), or to match whole words only (`single_word`).
+        """
+        with well_formed(self.folder, "added tokens"):
+            decoder = self.config.get("added_tokens_decoder") or {}
+            entries = list((self.json or {}).get("added_tokens") or [])
+            entries += [{**entry, "id": int(index)} for index, entry in decoder.items()]
+            for entry in entries:
+                for option in ("lstrip", "rstrip", "single_word"):
+                    if entry.get(option):
+                        raise InputError(
+                            f"{self.folder}: added token {entry['content']!r} has {option}: true, expected "
+                            "false: not supported; use another checkpoint"
+                        )
+            return {
+                str(e["content"]): (int(e["id"]), bool(e.get("special"))) for e in entries if e["content"]
+            }
+
+    def prefixes_every_part(self) -> bool:
+        """Whether sentencepiece's dummy prefix goes before every part of a text, or only the first.
+
+        tokenizer.json decides where there is one, for that is what transformers 4 ran; else `legacy` does.
+        """
+        if any(step.get("type") == "Prepend" for step in self.steps("normalizer")):
+            return True
+        for step in self.steps("pre_tokenizer"):
+            if step.get("type") == "Metaspace":
+                return step.get("prepend_scheme") != "first"
+        return self.setting("legacy") is not False
+
+    def template_bos(self) -> str | None:
+        """The token that the post-processor of tokenizer.json puts before every text, if any."""
+        for step in self.steps("post_processor"):
+            if step.get("type") == "TemplateProcessing":
+                with well_formed(self.folder / "tokenizer.json", "post_processor"):
+                    names = [part["SpecialToken"]["id"] for part in step["single"] if "SpecialToken" in part]
+                    if len(names) > 1 or "SpecialToken" in step["single"][-1]:
+                        raise InputError(
+                            f"{self.folder / 'tokenizer.json'}: the post-processor adds {names}, expected at "
+                            "most one token, before the text: not supported; use another checkpoint"
+                        )
+                    return str(names[0]) if names else None
+        return None
+
+    def steps(self, component: str) -> list[dict[str, Any]]:
+        """The steps of a component of tokenizer.json ("normalizer", "decoder", ...), in order."""
+        with well_formed(self.folder / "tokenizer.json", component):
+            return flatten((self.json or {}).get(component))
+
+
+@contextmanager
+def well_formed(path: Path, what: str) -> Iterator[None]:
+    """Turn what a malformed JSON structure makes of the code that reads it into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {what} malformed ({error!r}); {AGAIN}") from error
+
+
+def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A component of tokenizer.json as a list of steps, its Sequences opened."""
+    if component is None:
+        return []
+    if component.get("type") != "Sequence":
+        return [component]
+    nested = next(value for value in component.values() if isinstance(value, list))
+    return [inner for step in nested for inner in flatten(step)]
+
+
+def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The text of chat_template.jinja (transformers 5), else `chat_template` of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return read_bytes(file).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: byte {error.start} is not UTF-8; {AGAIN}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        with well_formed(folder / "tokenizer_config.json", "chat_template"):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected a "
+            f"string; {AGAIN}"
+        )
+    return template
