@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tinyllama.attention import KERNELS
 from tinyllama.config import LlamaConfig
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parity.fixture import TINY, fixture
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.shapes import some_ids, tiny_config, tiny_model
-from tinyllama.attention import KERNELS, AttentionContext, Visibility, eager, kernel, sdpa
+from tinyllama.attention import AttentionContext, AttentionMask, eager, sdpa
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS, kernel
 from tinyllama.rope import RotaryEmbedding
 
 kernels = pytest.mark.parametrize("attention", [eager, sdpa])
@@ -22,8 +23,8 @@ def inputs(dtype=torch.float32, seed=0):
 
 def context(positions, causal=False, taps=None):
     tap = (lambda x: x) if taps is None else (lambda x: taps.append(x) or x)
-    visible = Visibility.of(positions, positions, causal, ROTARY)
-    return AttentionContext(visible, D**-0.5, 0, tap, tap)
+    mask = AttentionMask.of(positions, positions, causal, ROTARY)
+    return AttentionContext(mask, D**-0.5, 0, tap, tap)
 
 
 @kernels
@@ -66,10 +67,10 @@ def test_fewer_keys_are_seen_where_a_context_allows_fewer(attention):
 def context_of_one(t, start):
     """A query at position t that sees the keys from `start` on, all of them."""
     keys = torch.arange(start, t + 1).expand(B, -1)
-    visible = Visibility(
+    mask = AttentionMask(
         torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False, True, ROTARY
     )
-    return AttentionContext(visible, D**-0.5, 0, lambda x: x, lambda x: x)
+    return AttentionContext(mask, D**-0.5, 0, lambda x: x, lambda x: x)
 
 
 def test_the_pattern_sums_to_one_and_is_zero_where_masked():

@@ -11,23 +11,23 @@ from torch import nn
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import AttentionContext, Visibility, eager, kernel_name, sdpa
-from tinyllama.by_head import ByHead
+from tinyllama.attention import AttentionContext, AttentionMask, eager, kernel_name, sdpa
 from tinyllama.errors import InputError
 from tinyllama.hooks import capture, patch
+from tinyllama.kernels import ByHead
 
 B, T, H, L = 2, 7, 8, 4
 
 
 def window(q, k, v, context, size=3, step=1):
     """The last few keys, of which every one, every second and so on."""
-    behind = context.visible.query_positions[:, :, None] - context.visible.key_positions[:, None, :]
+    behind = context.mask.query_positions[:, :, None] - context.mask.key_positions[:, None, :]
     return eager(q, k, v, context.where(((behind < size * step) & (behind % step == 0))[:, None]))
 
 
 def flat(q, k, v, context):
     """All visible keys alike; it has scores and a pattern, but the one does not follow from the other."""
-    visible = context.visible.mask.expand(-1, q.shape[1], -1, -1).to(q.dtype)
+    visible = context.mask.allowed.expand(-1, q.shape[1], -1, -1).to(q.dtype)
     context.scores(visible - 1)
     pattern = context.pattern(visible / visible.sum(-1, keepdim=True).clamp(min=1))
     return pattern @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -239,8 +239,8 @@ def test_a_gradient_goes_through_each_heads_own_kernel():
     k, v = torch.randn(2, B, 2, T, 8, generator=generator)
     weight = torch.randn(B, H, T, 8, generator=generator)
     positions = torch.arange(T).expand(B, T)
-    visible = Visibility.of(positions, positions, True, tiny_model().rotary)
-    context = AttentionContext(visible, 8**-0.5, 0, lambda x: x, lambda x: x)
+    mask = AttentionMask.of(positions, positions, True, tiny_model().rotary)
+    context = AttentionContext(mask, 8**-0.5, 0, lambda x: x, lambda x: x)
 
     def gradients(kernel, heads):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -7,8 +7,8 @@ import torch
 
 from tests.shapes import some_ids, tiny_model
 from tests.test_generation import PROMPTS
-from tinyllama.attention import KERNELS
 from tinyllama.generation import generate
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import bisect, difference, judge, kernel_run, oracle_logits, reference_run
 from tinyllama.parity.comparison import REFERENCES
 from tinyllama.parity.continuations import SETTINGS, reference_ids

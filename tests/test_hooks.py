@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import KERNELS, eager
+from tinyllama.attention import eager
 from tinyllama.errors import InputError
 from tinyllama.hooks import addresses, capture, matching, numel, patch, shape
+from tinyllama.kernels import KERNELS
 
 B, T, L = 2, 7, 4
 # No two axes are of one length, so that a value of swapped axes has another shape.

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.shapes import some_ids, tiny_config, tiny_model
-from tinyllama.attention import KERNELS
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama, RMSNorm
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields

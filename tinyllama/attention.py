@@ -17,42 +17,37 @@ from torch.nn import functional as F
 
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import InputError
-from tinyllama.fast.split_linear import Linear
 from tinyllama.rope import RotaryEmbedding, rotate
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """Where queries and keys stand, and which keys each query may look at; the same for all layers of a pass.
 
     Attributes:
-        mask: (B or 1, 1, T, S), True where the query may look at the key.
-        query_positions: (B, T); -1 for padding.
+        allowed: (B or 1, 1, T, S), True where the query may look at the key.
+        query_positions: (B or 1, T); -1 for padding.
         key_positions: (B or 1, S).
-        causal: the mask is a plain lower triangle (T = S, no padding), so a kernel may leave it out.
-        full: the mask is True everywhere (a decode step of full rows), so a kernel may leave it out.
+        causal: the T queries are the last T of the S keys in every row, and each sees all up to itself. Then
+            `allowed` says nothing new, and a kernel may leave it out.
         rotary: cos and sin by which RoPE has turned queries and keys, for any positions; see `rotate`.
     """
 
-    mask: Tensor
+    allowed: Tensor
     query_positions: Tensor
     key_positions: Tensor
     causal: bool
-    full: bool
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(
-        positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding, full: bool = False
-    ) -> Visibility:
+    def of(queries: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> AttentionMask:
         """A query sees the keys at its own position and before; nothing sees padding (position -1)."""
-        mask = (keys[:, None, :] <= positions[:, :, None]) & (keys >= 0)[:, None, :]
-        return Visibility(mask[:, None], positions, keys, causal, full, rotary)
+        allowed = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
+        return AttentionMask(allowed[:, None], queries, keys, causal, rotary)
 
-    def where(self, also: Tensor) -> Visibility:
+    def where(self, also: Tensor) -> AttentionMask:
         """Only the keys that `also` allows too: booleans that broadcast to (B, 1, T, S)."""
-        return replace(self, mask=self.mask & also, causal=False, full=False)
+        return replace(self, allowed=self.allowed & also, causal=False)
 
 
 @dataclass(frozen=True)
@@ -60,25 +55,25 @@ class AttentionContext:
     """What a kernel may need beside queries, keys and values.
 
     Attributes:
-        visible: which keys each query may look at.
+        mask: which keys each query may look at.
         scale: 1/sqrt(D), the factor on the scores.
         layer: index of the layer.
         scores: a tap: pass the scores (B, H, T, S) through it and they can be read or replaced from outside.
         pattern: a tap for the attention pattern (B, H, T, S).
     """
 
-    visible: Visibility
+    mask: AttentionMask
     scale: float
     layer: int
     scores: Callable[[Tensor], Tensor]
     pattern: Callable[[Tensor], Tensor]
 
     def where(self, also: Tensor) -> AttentionContext:
-        """The same, seeing only what `also` allows too; see `Visibility.where`."""
-        return replace(self, visible=self.visible.where(also))
+        """The same context with fewer keys to see; see `AttentionMask.where`."""
+        return replace(self, mask=self.mask.where(also))
 
     def untapped(self) -> AttentionContext:
-        """The same with nothing to be read: for a part of a computation, or one on the side."""
+        """The same context without taps, for a value that is only a part of the scores or the pattern."""
         return replace(self, scores=lambda x: x, pattern=lambda x: x)
 
 
@@ -111,49 +106,35 @@ def repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_softmax(scores: Tensor, context: AttentionContext) -> Tensor:
-    """The attention pattern of some scores: a softmax over the visible keys; (B, H, T, S)."""
+    """The attention pattern of some scores: a softmax over the allowed keys; (B, H, T, S)."""
     # The lowest finite number, not -inf: a row that sees nothing (padding) stays finite.
-    scores = context.scores(scores.masked_fill(~context.visible.mask, torch.finfo(scores.dtype).min))
+    scores = context.scores(scores.masked_fill(~context.mask.allowed, torch.finfo(scores.dtype).min))
     # float32 at least: a bfloat16 sum over many keys loses the small ones.
     working = torch.promote_types(scores.dtype, torch.float32)
     return context.pattern(scores.softmax(dim=-1, dtype=working).to(scores.dtype))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """The same by PyTorch's fused `scaled_dot_product_attention`, which never stores scores or pattern.
+    """The same function by PyTorch's `scaled_dot_product_attention`, which never stores scores or pattern.
 
-    Args and result as in `eager`.
+    Arguments and result are those of `eager`.
     """
-    if context.visible.causal:
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if context.mask.causal and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=context.scale, enable_gqa=True)
-    # The group goes into the query axis, so keys and values are never copied: with a mask, enable_gqa
-    # decoded 3 to 20 times slower on a CPU.
-    B, H, T, D = q.shape
-    K = k.shape[1]
-    mask = None
-    if not context.visible.full:
-        # A view when decoding, where T = 1.
-        mask = context.visible.mask[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(2, 3)  # (B, 1, G*T, S)
-    z = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=context.scale)
+    # The G heads of a group become G rows of queries, so keys and values are never copied: with a mask,
+    # enable_gqa decoded 3 to 20 times slower on a CPU.
+    allowed = None
+    if not context.mask.causal or T > 1:  # the last token of a row sees everything
+        allowed = (
+            context.mask.allowed[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(2, 3)
+        )  # (B, 1, G*T, S)
+    z = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=allowed, scale=context.scale)
     return z.reshape(B, H, T, D)
 
 
-KERNELS: dict[str, Kernel] = {"eager": eager, "sdpa": sdpa}
-
-
-def kernel(name: str) -> Kernel:
-    """The built-in kernel of that name.
-
-    Raises:
-        InputError: there is none.
-    """
-    if name not in KERNELS:
-        raise InputError(f"attention: expected one of {', '.join(KERNELS)}, got {name!r}")
-    return KERNELS[name]
-
-
 def kernel_name(kernel: Kernel) -> str:
-    """As it was written: `window`, or `window(size=64)` for a kernel with a setting of its own."""
+    """As a user would write it: `window`, or `window(size=64)` for a kernel with a setting of its own."""
     if isinstance(kernel, partial) and not kernel.keywords:
         return kernel_name(kernel.func)
     if isinstance(kernel, partial):
@@ -176,63 +157,50 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer = layer
         self.head_dim = D
         self.kernel: Kernel = sdpa
-        self.q_proj = Linear(C, config.num_attention_heads * D)
-        self.k_proj = Linear(C, config.num_key_value_heads * D)
-        self.v_proj = Linear(C, config.num_key_value_heads * D)
-        self.o_proj = Linear(config.num_attention_heads * D, C)
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_rot, self.k_rot = Tap(), Tap()
         self.scores, self.pattern, self.z = Tap(), Tap(), Tap()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
     ) -> Tensor:
         """Let each token gather from those it sees.
 
         Args:
             x: (B, T, C).
-            rotation: cos and sin, each (B, 1, T, D/2).
-            visible: which keys each query may look at.
+            rotation: cos and sin, each (B or 1, 1, T, D).
+            mask: which keys each query may look at.
             cache: where to keep this layer's keys and values; None attends to the T tokens alone.
 
         Returns:
             (B, T, C), to be added to the residual stream.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H * D), twice (B, T, K * D)
-        return self.o_proj(self.gather(q, k, v, rotation, visible, cache))  # (B, T, C)
-
-    def gather(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        visible: Visibility,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """What each head gathers from the tokens that it sees, (B, T, H * D); the rest as in `forward`."""
-        q = self.split_heads(q)  # (B, H, T, D)
-        k = self.split_heads(k)  # (B, K, T, D)
-        v = self.split_heads(v)  # (B, K, T, D)
+        q = self.split_heads(self.q_proj(x))  # (B, H, T, D)
+        k = self.split_heads(self.k_proj(x))  # (B, K, T, D)
+        v = self.split_heads(self.v_proj(x))  # (B, K, T, D)
         q, k = self.q_rot(rotate(q, *rotation)), self.k_rot(rotate(k, *rotation))
         if cache is not None:
-            k, v = cache.write(self.layer, visible.query_positions, k, v)  # (B, K, S, D)
-        context = AttentionContext(visible, self.head_dim**-0.5, self.layer, self.scores, self.pattern)
+            k, v = cache.write(self.layer, mask, k, v)  # (B, K, S, D)
+        context = AttentionContext(mask, self.head_dim**-0.5, self.layer, self.scores, self.pattern)
         z = self.z(self.kernel(q, k, v, context))  # (B, H, T, D)
-        return z.transpose(1, 2).flatten(2)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Let a function take the place of a kernel that is a module (one with weights), too."""
-        if name == "kernel" and name in self._modules:
-            del self.kernel
-        super().__setattr__(name, value)
+        return self.o_proj(z.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) as (B, heads, T, D)."""
-        B, T, _ = x.shape
-        return x.view(B, T, -1, self.head_dim).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """nn.Module refuses a function where a kernel that is a module (one with weights) was before."""
+        if name == "kernel":
+            self._modules.pop("kernel", None)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The kernel's name, for print(model)."""

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory
+from tinyllama.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyllama.attention import AttentionMask
 
 
 class KVCache:
-    """Preallocated keys and values for every layer; a token at position p lives in slot p.
+    """Preallocated keys and values for every layer. The caller owns it.
 
-    The caller owns it: layers write at the positions they are given and never advance anything. Going back
-    to an earlier position needs no reset: the slots after it are not read until they are written again.
+    `model(ids, cache)` puts the new tokens after the `length` that are there. To go back to an earlier place,
+    set `length`: later slots are not read until they are written again.
+
+    `model(ids, cache, positions)` puts each token at the position it is given, for rows of different
+    lengths. How long the rows are, only the caller knows then; attention reads the whole capacity behind a
+    mask, and `first` gives a smaller view of the same memory to save work.
 
     Attributes:
-        keys: (L, B, K, capacity + 1, D).
-        values: (L, B, K, capacity + 1, D).
-        visible: how many slots attention reads (S).
-        length: in a view by `upto`, how long the rows are, new tokens included; otherwise None.
+        keys: (L, B, K, 1 + capacity, D). Position p lives in slot p + 1; slot 0 takes what padding writes.
+        values: (L, B, K, 1 + capacity, D).
+        length: how many tokens of a row the cache holds, as far as it knows.
 
     Raises:
         InputError: the device has not enough memory free.
@@ -37,48 +45,57 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        # One slot more than is ever read: padding has position -1, and slot -1 is the last.
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity + 1, config.head_dim)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, 1 + capacity, config.head_dim)
         check_memory("the KV cache", 2 * math.prod(shape) * dtype.itemsize, torch.device(device))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
-        self.visible = capacity
-        self.length: int | None = None
+        self.length = 0
 
     @property
     def capacity(self) -> int:
         """How many tokens a row can hold."""
         return self.keys.shape[3] - 1
 
-    @property
-    def positions(self) -> Tensor:
-        """Those of the visible slots, (1, S)."""
-        return torch.arange(self.visible, device=self.keys.device)[None]
-
-    def upto(self, length: int) -> KVCache:
-        """The same memory, of which attention reads the first `length` slots only."""
+    def first(self, capacity: int) -> KVCache:
+        """The first slots alone, as a cache of that capacity in the same memory; for use with positions."""
         view = copy(self)
-        view.visible = view.length = length
+        view.keys, view.values = self.keys[..., : 1 + capacity, :], self.values[..., : 1 + capacity, :]
+        self.length = max(self.length, capacity)  # whatever the view writes lies within
         return view
 
-    def start(self, T: int) -> int:
-        """The position of the first of T new tokens that come without positions."""
-        return 0 if self.length is None else self.length - T
+    def extend(self, T: int) -> int:
+        """Make T tokens more belong to each row, and return the position of the first.
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values, and return all that are visible.
+        Raises:
+            InputError: the cache is full.
+        """
+        start, self.length = self.length, self.length + T
+        if self.length > self.capacity:
+            self.length = start
+            raise InputError(
+                f"cache: {start} of {self.capacity} slots are taken, so {T} new tokens do not fit; make a "
+                "larger one, set cache.length to go back, or give positions"
+            )
+        return start
+
+    def write(self, layer: int, mask: AttentionMask, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values, and return all that attention may read.
 
         Args:
             layer: which layer's.
-            positions: (B, T), the slots; -1 for padding.
+            mask: says at which positions the T new tokens stand, and how many are read (S).
             k: (B, K, T, D).
             v: (B, K, T, D).
 
         Returns:
             Keys and values, each (B, K, S, D).
         """
+        T, S = mask.allowed.shape[-2:]
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, positions] = k.transpose(1, 2)
-        values[self.rows, :, positions] = v.transpose(1, 2)
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
+        if mask.causal:  # every row ends with its T new tokens; a slice is written twice as fast as an index
+            keys[:, :, 1 + S - T : 1 + S], values[:, :, 1 + S - T : 1 + S] = k, v
+        else:
+            slots = 1 + mask.query_positions  # (B, T)
+            keys[self.rows, :, slots], values[self.rows, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys[:, :, 1 : 1 + S], values[:, :, 1 : 1 + S]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllama.cache import KVCache
 from tinyllama.errors import InputError
-from tinyllama.fast.graph import CompiledStep
 from tinyllama.model import Llama
 from tinyllama.sampler import Sampler
 from tinyllama.speculation import Speculation
@@ -26,14 +26,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     eos_ids: Iterable[int] | None = None,
     speculate: int = 0,
-    compiled: bool = False,
+    **sampling: Any,
 ) -> list[list[int]]:
     """Continue every prompt; greedy unless a temperature is given.
 
@@ -41,15 +36,11 @@ def generate(
         model: the model.
         prompts: ids of each prompt; lengths may differ.
         max_new_tokens: at most this many for each; the context length is a limit too.
-        temperature: see `Sampler`.
-        top_k: see `Sampler`; transformers' `generate` has 50 by default.
-        top_p: see `Sampler`.
-        repetition_penalty: see `Sampler`.
-        seed: see `Sampler`. One draw serves the whole batch, so a row's tokens depend on its companions.
         eos_ids: ids that end a text; None takes the checkpoint's, () lets every text run to its limit.
         speculate: for one prompt: guess up to this many ids from the text so far, and check them in one pass;
-            0 is off. The ids are those without it, but for rounding: see `speculation`.
-        compiled: take decode steps by `CompiledStep`, for long texts on a GPU; not with speculation.
+            0 is off. The ids stay the same but for rounding: see `speculation`.
+        sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed`, as in `Sampler`. One draw
+            serves the whole batch, so a row's tokens depend on the other rows.
 
     Returns:
         For each prompt its new ids, EOS included.
@@ -58,18 +49,16 @@ def generate(
         InputError: a setting or a prompt cannot be used.
         NonFiniteLogitsError: the model gave NaN or infinite logits.
     """
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
-    speculation = _speculation(speculate, len(prompts), compiled)
     limits = [_limit(model, prompt, max_new_tokens) for prompt in prompts]
+    speculation = _speculation(speculate, prompts, model)
+    sampler = Sampler(**sampling)
     rows: list[list[int]] = [[] for _ in prompts]
     open_rows = {row for row, limit in enumerate(limits) if limit > 0}
     if not open_rows:
         return rows
-    cache = model.new_cache(
-        len(prompts), max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
-    )
-    for chosen in _steps(model, prompts, sampler, cache, speculation=speculation, compiled=compiled):
+    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    for chosen in _steps(model, prompts, sampler, model.new_cache(len(prompts), capacity), speculation):
         for row in sorted(open_rows):
             rows[row].append(chosen[row])
             if chosen[row] in ends or len(rows[row]) == limits[row]:
@@ -84,37 +73,34 @@ def stream(
     ids: Sequence[int],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     eos_ids: Iterable[int] | None = None,
     speculate: int = 0,
-    compiled: bool = False,
     cache: KVCache | None = None,
-    cached: int = 0,
+    **sampling: Any,
 ) -> TokenStream:
     """Continue one prompt, token by token: each id comes as soon as it is chosen.
 
-    Args as in `generate`, and:
-        cache: keys and values to use and extend, with room for the prompt and all new tokens; None makes one.
-        cached: how many of the first ids it holds already, less than all.
+    The arguments are those of `generate`, and:
+        cache: keys and values to use and extend, with room for the prompt and all new tokens; it holds the
+            first `cache.length` ids of the prompt already. None makes one.
 
     Raises:
         InputError: a setting, the prompt or the cache cannot be used; at once, not at the first token.
     """
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
-    speculation = _speculation(speculate, 1, compiled)
     limit = _limit(model, ids, max_new_tokens)
+    speculation = _speculation(speculate, [ids], model)
     cache = cache or model.new_cache(1, len(ids) + limit)
     if cache.capacity < len(ids) + limit:
         raise InputError(f"cache: expected room for {len(ids) + limit} tokens, got {cache.capacity}")
-    if not 0 <= cached < len(ids):
-        raise InputError(f"cached: expected 0 to {len(ids) - 1} of the prompt's ids, got {cached}")
-    steps = _steps(model, [ids], sampler, cache, cached, speculation, compiled)
-    return TokenStream(steps, limit, ends, speculation)
+    if cache.length >= len(ids):
+        raise InputError(
+            f"cache.length: expected less than the prompt's {len(ids)} ids, got {cache.length}; set it to how "
+            "many of them the cache holds"
+        )
+    return TokenStream(
+        _steps(model, [ids], Sampler(**sampling), cache, speculation), limit, ends, speculation
+    )
 
 
 class TokenStream(Iterator[int]):
@@ -206,11 +192,7 @@ class TextReply(Iterator[str]):
 
 @torch.inference_mode()
 def prefill(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    cache: KVCache,
-    cached: int = 0,
-    chunk: int = PREFILL_CHUNK,
+    model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int = PREFILL_CHUNK
 ) -> Tensor:
     """Put prompts into the cache and return the logits for each one's next token, (B, V).
 
@@ -218,22 +200,23 @@ def prefill(
         model: the model.
         prompts: ids of each row. Shorter rows are padded on the left, so that all end in the last column;
             padding has position -1, which no query sees.
-        cache: takes the keys and values.
-        cached: how many leading columns it holds already; for rows of one length.
+        cache: takes the keys and values; of prompts of one length it may hold the first `cache.length` ids.
         chunk: columns that go through the model at once.
     """
     device = cache.keys.device
-    length = max(map(len, prompts))
+    length, held = max(map(len, prompts)), cache.length
     padding = [length - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=device)
     columns = torch.arange(length, device=device) - torch.tensor(padding, device=device)[:, None]
     positions = columns.clamp(min=-1)  # (B, length)
-    for start in range(cached, length, chunk):
+    for start in range(held, length, chunk):
         end = min(start + chunk, length)
-        # Without positions the model knows that the mask is a plain triangle.
-        given = None if start == 0 and not any(padding) else positions[:, start:end]
-        hidden = model.hidden_states(ids[:, start:end], cache.upto(end), given, last=True)
-    return model.lm_head(hidden[:, -1])
+        if any(padding):
+            hidden = model.hidden_states(ids[:, start:end], cache.first(end), positions[:, start:end])
+        else:
+            hidden = model.hidden_states(ids[:, start:end], cache)
+    # The logits of the last position alone: V is large.
+    return model.lm_head(hidden[:, -1:])[:, -1]
 
 
 @torch.inference_mode()
@@ -242,15 +225,11 @@ def _steps(
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     cache: KVCache,
-    cached: int = 0,
-    speculation: Speculation | None = None,
-    compiled: bool = False,
+    speculation: Speculation | None,
 ) -> Iterator[list[int]]:
     """Each step's chosen id for every row, without end; rows that are done go on and are to be ignored."""
     device = cache.keys.device
     generator = sampler.generator(device)
-    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,), of the next token
-    longest = max(map(len, prompts))
     seen = _seen(prompts, model.config.vocab_size, device)
 
     def choose(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
@@ -258,30 +237,33 @@ def _steps(
         seen.scatter_(1, chosen[:, None], True)
         return chosen
 
-    step = CompiledStep(model, cache) if compiled else None
-    logits = prefill(model, prompts, cache, cached)
+    model.begin()
+    logits = prefill(model, prompts, cache)
     if speculation:
         yield from speculation.steps(model, prompts[0], logits, choose, cache)
+    lengths = [len(prompt) for prompt in prompts]
+    longest, ragged = max(lengths), len(set(lengths)) > 1
+    positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1), of the next token
     while True:
         chosen = choose(logits)
         yield chosen.tolist()
         longest = min(longest + 1, cache.capacity)
-        if step:
-            logits = step(chosen[:, None], positions[:, None])[:, -1]
+        if model.step is not None:
+            logits = model.step(chosen[:, None], cache, positions)[:, -1]
+        elif ragged:
+            logits = model(chosen[:, None], cache.first(longest), positions)[:, -1]
         else:
-            # A single row ends with the cache's view; without positions the model knows that it sees all.
-            given = positions[:, None] if len(prompts) > 1 else None
-            logits = model(chosen[:, None], cache.upto(longest), given)[:, -1]
+            logits = model(chosen[:, None], cache)[:, -1]
         # A row that is done may reach the end of the cache before the others.
         positions = (positions + 1).clamp(max=cache.capacity - 1)
 
 
-def _speculation(most: int, prompts: int, compiled: bool) -> Speculation | None:
+def _speculation(most: int, prompts: Sequence[Sequence[int]], model: Llama) -> Speculation | None:
     if most == 0:
         return None
-    if prompts > 1:
-        raise InputError(f"speculate: expected 0 (off) or one prompt, got {prompts} prompts")
-    if compiled:
+    if len(prompts) > 1:
+        raise InputError(f"speculate: expected 0 (off) or one prompt, got {len(prompts)} prompts")
+    if model.step is not None:
         raise InputError("speculate: a compiled step has one token, speculation several; choose one of them")
     return Speculation(most)
 

@@ -68,8 +68,8 @@ def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
     values: dict[str, Tensor] = {}
 
     def check(_attention: nn.Module, args: tuple[Any, ...]) -> None:
-        x, _, visible, _ = args
-        (B, T), S = x.shape[:2], visible.mask.shape[-1]
+        x, _, mask, _ = args
+        (B, T), S = x.shape[:2], mask.allowed.shape[-1]
         needed = sum(numel(model.config, address, B, T, S) for address in wanted) * x.dtype.itemsize
         check_memory("what is captured", needed, x.device, "name fewer addresses, or run shorter texts")
 

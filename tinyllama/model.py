@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama.attention import Attention, Kernel, Tap, Visibility
-from tinyllama.by_head import ByHead
+from tinyllama import kernels
+from tinyllama.attention import Attention, AttentionMask, Kernel, Tap
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import InputError
-from tinyllama.fast.split_linear import Linear
 from tinyllama.rope import RotaryEmbedding
 
 
@@ -29,7 +27,7 @@ class RMSNorm(nn.Module):
         """Normalise the last axis; (..., C) -> (..., C)."""
         # float32 at least: float16 squares overflow at 256, bfloat16 ones lose the mean.
         h = x.to(torch.promote_types(x.dtype, torch.float32))
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -42,10 +40,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        C, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(C, F)
-        self.up_proj = Linear(C, F)
-        self.down_proj = Linear(F, C)
+        C, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, width, bias=False)
+        self.up_proj = nn.Linear(C, width, bias=False)
+        self.down_proj = nn.Linear(width, C, bias=False)
         self.product = Tap()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,18 +62,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        visible: Visibility,
-        cache: KVCache | None,
-        last: bool = False,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
     ) -> Tensor:
-        """Add to the residual stream `x`, (B, T, C).
-
-        With `last` nothing but the last token's stream will be read, so a faster block may give that alone.
-        """
-        x = x + self.self_attn(self.input_layernorm(x), rotation, visible, cache)
+        """Add to the residual stream `x`, (B, T, C); the other arguments are those of `Attention`."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -89,7 +79,9 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Takes decode steps in place of the model where one is set: a compiled graph (see fast/graph.py).
+        self.step: Callable[[Tensor, KVCache, Tensor], Tensor] | None = None
         self.tie_weights()
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
@@ -97,42 +89,43 @@ class Llama(nn.Module):
 
         Args:
             ids: (B, T) token ids.
-            cache: holds the keys and values of earlier positions and takes the new ones, in place. None: the
-                T tokens are the whole text, and the pass is differentiable.
-            positions: (B, T), each token's position in its row; -1 marks padding. None: 0 to T - 1, or with a
-                cache's view `upto` a length, the last T before that length.
+            cache: holds the keys and values of earlier tokens and takes the new ones, in place. None: the T
+                tokens are the whole text, and the pass is differentiable.
+            positions: (B, T), each token's position in its row; -1 marks padding. None: the tokens follow
+                those in the cache.
 
         Returns:
             (B, T, V) logits.
+
+        Raises:
+            InputError: the cache has no room for the tokens.
         """
         return self.lm_head(self.hidden_states(ids, cache, positions))
 
     def hidden_states(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        last: bool = False,
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """The normalised residual stream that `lm_head` reads, (B, T, C); arguments as in `forward`.
-
-        Generation needs the logits of the last position alone, and V is large. With `last` other positions
-        may be left out here, too: in the last layer nobody reads more of them than their keys and values.
-        """
+        """The normalised residual stream that `lm_head` reads, (B, T, C); arguments as in `forward`."""
         T = ids.shape[1]
-        start = 0 if cache is None else cache.start(T)
-        S = T if cache is None else cache.visible
-        # Without positions the mask may be a plain triangle, or nothing: fused kernels do without one.
-        causal, full = positions is None and S == T, positions is None and T == 1 and start + 1 == S
+        causal = positions is None  # every row ends with the new tokens
         if positions is None:
-            positions = torch.arange(start, start + T, device=ids.device).expand_as(ids)
+            start = 0 if cache is None else cache.extend(T)
+            keys = torch.arange(start + T, device=ids.device)[None]  # (1, S)
+            positions = keys[:, start:]  # (1, T)
+        elif cache is None:
+            keys = positions
+        else:
+            keys = torch.arange(cache.capacity, device=ids.device)[None]
+            cache.length = cache.capacity  # where each row ends, only the caller knows
+        mask = AttentionMask.of(positions, keys, causal, self.rotary)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         rotation = self.rotary(positions, x.dtype)
-        keys = positions if cache is None else cache.positions
-        visible = Visibility.of(positions, keys, causal, self.rotary, full)
         for block in self.layers:
-            x = block(x, rotation, visible, cache, last and block is self.layers[-1])
+            x = block(x, rotation, mask, cache)
         return self.norm(x)
+
+    def begin(self) -> None:
+        """Called when a generation begins. What made the model fast replaces it, to check itself (see fast/)."""
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""
@@ -156,14 +149,8 @@ class Llama(nn.Module):
         Raises:
             InputError: there is no such layer or head.
         """
-        attentions = {attention.layer: attention for attention in self.attentions}
-        chosen = _within(layers, "layers", attentions)
-        some = None if heads is None else _within(heads, "heads", range(self.config.num_attention_heads))
-        if some == []:
-            return
-        for layer in chosen:
-            attention = attentions[layer]
-            attention.kernel = kernel if some is None else ByHead(kernel, some, attention.kernel)
+        by_layer = {attention.layer: attention for attention in self.attentions}
+        kernels.set_attention(by_layer, kernel, layers, heads, self.config.num_attention_heads)
 
     def tie_weights(self) -> None:
         """Where the config says so, let the head be the embedding: one tensor, two names."""
@@ -173,12 +160,3 @@ class Llama(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers were trained; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def _within(numbers: Iterable[int] | None, what: str, known: Collection[int]) -> list[int]:
-    """The numbers, or all that are known."""
-    chosen = list(known if numbers is None else numbers)
-    wrong = [number for number in chosen if number not in known]
-    if wrong:
-        raise InputError(f"{what}: expected 0 to {max(known)}, got {wrong[0]}")
-    return chosen

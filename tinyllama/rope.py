@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, RoFormer, arXiv:2104.09864).
 
-Dimension pair i of a query or key is turned by the angle position * theta^(-2i/D). Turning both by their own
-positions leaves q.k dependent on the distance between them alone.
+Dimension pair i of a query or key is turned by the angle position * theta^(-2i/D). After both are turned by
+their own positions, q.k depends only on the distance between them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,8 @@ def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype = torch.float32)
     if scaling is None:
         return frequencies
 
-    low, high, context = (
-        scaling.low_freq_factor,
-        scaling.high_freq_factor,
-        scaling.original_max_position_embeddings,
-    )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     slowed = frequencies / scaling.factor
     smooth = (context / wavelengths - low) / (high - low)
@@ -68,7 +65,7 @@ class RotaryEmbedding(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of each position's angles.
+        """Return what `rotate` needs: cos and sin of each position's angles.
 
         Args:
             positions: (B, T) integers.
@@ -76,22 +73,23 @@ class RotaryEmbedding(nn.Module):
                 would be position 256.
 
         Returns:
-            cos and sin, each (B, 1, T, D/2): one rotation for all heads.
+            (cos, cos) and (-sin, sin), each (B, 1, T, D): one rotation for all heads.
         """
         working = torch.promote_types(dtype, torch.float32)
-        angles = positions[:, None, :, None].to(working) * self.frequencies[working]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = positions[:, None, :, None].to(working) * self.frequencies[working]  # (B, 1, T, D/2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each dimension pair of `x` by its angle.
+    """Turn each dimension pair by its angle: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    The Hugging Face layout pairs dimension i with i + D/2; Meta's original checkpoints pair 2i with 2i + 1.
+    x1 is the first half of a head and x2 the second: the Hugging Face layout pairs dimension i with i + D/2.
+    Meta's original checkpoints pair 2i with 2i + 1.
 
     Args:
         x: (B, heads, T, D).
-        cos: (B, 1, T, D/2).
-        sin: (B, 1, T, D/2).
+        cos: (B, 1, T, D), from `RotaryEmbedding`.
+        sin: (B, 1, T, D), its first half negated.
     """
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # roll: (x1, x2) -> (x2, x1)

@@ -90,7 +90,8 @@ class Speculation:
             self.passes += 1
             self.drafted += len(guess)
             batch = torch.tensor([[text[-1], *guess]], device=logits.device)  # (1, T)
-            logits = model(batch, cache.upto(len(text) + len(guess)))[0]  # (T, V)
+            cache.length = len(text) - 1  # back to before the wrong guesses
+            logits = model(batch, cache)[0]  # (T, V)
 
 
 def draft(ids: Sequence[int], most: int) -> list[int]:

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from tests.shapes import TINY, some_ids
 from tinyllama import device
-from tinyllama.attention import KERNELS, Attention
+from tinyllama.attention import Attention
 from tinyllama.checkpoints import load as checkpoint
 from tinyllama.checkpoints.files import INDEX, SINGLE
 from tinyllama.checkpoints.load import load_model
 from tinyllama.checkpoints.tensor_file import MAX_HEADER_BYTES, read_header
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parity.fixture import unit_gain_
 

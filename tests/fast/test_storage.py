@@ -16,8 +16,8 @@ from tinyllama.checkpoints.files import SINGLE
 from tinyllama.checkpoints.load import load_model
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
-from tinyllama.fast import native
-from tinyllama.fast.linear import FastLinear, Int8Linear
+from tinyllama.fast import build
+from tinyllama.fast.linear import FastLinear, Int8Linear, widened
 from tinyllama.fast.storage import KINDS
 from tinyllama.generation import generate
 from tinyllama.hooks import capture
@@ -58,7 +58,7 @@ def plain(model: Llama) -> Llama:
     for name, parameter in right.named_parameters():
         layer = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, FastLinear):
-            parameter.data = layer.widened(slice(None), torch.float32)
+            parameter.data = widened(layer.weight, layer.scales, slice(None), torch.float32)
         else:
             parameter.data = model.get_parameter(name).data.to(torch.float32)
     return right.eval()
@@ -66,12 +66,8 @@ def plain(model: Llama) -> Llama:
 
 def in_pieces(model: Llama, *lengths: int) -> Tensor:
     """Logits (T, V) by a cache that takes so many tokens at a time."""
-    cache, parts, start = model.new_cache(1, sum(lengths)), [], 0
-    for length in lengths:
-        end = start + length
-        parts.append(model(IDS[:, start:end], cache.upto(end)))
-        start = end
-    return torch.cat(parts, dim=1)[0]
+    cache = model.new_cache(1, sum(lengths))
+    return torch.cat([model(part, cache) for part in IDS.split(lengths, dim=1)], dim=1)[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -161,7 +157,7 @@ def test_values_can_be_captured_and_are_those_of_exact_weights(tmp_path: Path):
 def test_stored_is_exact_where_speed_cannot_be_had(tmp_path: Path, monkeypatch):
     folder = write(tmp_path)
     assert type(load(folder, "stored", "float64").lm_head) is type(load(folder, "exact").lm_head)
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(build, "COMPILERS", ())
     model = load(folder, "stored")
     assert torch.equal(model(IDS), load(folder, "exact")(IDS))
     assert isinstance(load(folder, "int8").lm_head, Int8Linear)  # that is about memory, too

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import KERNELS, eager, kernel_name, masked_softmax, repeat_kv, sdpa
-from tinyllama.by_head import ByHead
+from tinyllama.attention import eager, kernel_name, masked_softmax, repeat_kv, sdpa
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS, ByHead
 from tinyllama.lab import checks, restatements, variants
 from tinyllama.lab.clauses import CLAUSES, UNBREAKABLE, breaks, broken_clauses
 from tinyllama.lab.contract import check_attention
@@ -220,8 +220,8 @@ def mean_of_all_keys(q, k, v, context):
 )
 def one_token_ahead(q, k, v, context):
     # <= i + 1, off by one.
-    visible = context.visible
-    keys, queries = visible.key_positions[:, None, None, :], visible.query_positions[:, None, :, None]
+    mask = context.mask
+    keys, queries = mask.key_positions[:, None, None, :], mask.query_positions[:, None, :, None]
     return attend(q, k, v, context, (keys <= queries + 1) & (keys >= 0))
 
 
@@ -273,8 +273,8 @@ def mask_by_index_from_the_end(q, k, v, context):
 def window_from_the_last_slot(q, k, v, context):
     # Four keys, counted from the end of the cache rather than from each query: no later token's value comes
     # through, and where the keys end where the text does, the pieces agree.
-    last = context.visible.key_positions.amax(dim=-1)[:, None, None, None]
-    return sdpa(q, k, v, context.where(context.visible.key_positions[:, None, None, :] > last - 4))
+    last = context.mask.key_positions.amax(dim=-1)[:, None, None, None]
+    return sdpa(q, k, v, context.where(context.mask.key_positions[:, None, None, :] > last - 4))
 
 
 @planted(chunks="T=3: tokens 1 to 2 after the others differs by")
@@ -307,16 +307,16 @@ def normalised_over_padding_too(q, k, v, context):
     # Linear attention by a running sum: what stands in the padding is added up with the rest.
     k, v = repeat_kv(q, k, v)
     phi_q, phi_k = F.elu(q.float()) + 1, F.elu(k.float()) + 1
-    positions = context.visible.query_positions[:, None, :, None]
-    seen = context.visible.key_positions[:, None, None, :] <= positions
+    positions = context.mask.query_positions[:, None, :, None]
+    seen = context.mask.key_positions[:, None, None, :] <= positions
     weights = phi_q @ phi_k.transpose(2, 3) * seen
     return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)).to(q.dtype) @ v
 
 
 @planted(padding="T=1: after 1 of padding it differs by")
 def padding_is_seen(q, k, v, context):
-    visible = context.visible
-    mask = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None]
+    mask = context.mask
+    mask = mask.key_positions[:, None, None, :] <= mask.query_positions[:, None, :, None]
     return attend(q, k, v, context, mask)
 
 
@@ -354,7 +354,7 @@ def float32_for_bfloat16(q, k, v, context):
 )
 def filled_with_inf(q, k, v, context):
     k, v = repeat_kv(q, k, v)
-    scores = (q @ k.transpose(2, 3) * context.scale).masked_fill(~context.visible.mask, -torch.inf)
+    scores = (q @ k.transpose(2, 3) * context.scale).masked_fill(~context.mask.allowed, -torch.inf)
     return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 
@@ -365,8 +365,8 @@ def filled_with_inf(q, k, v, context):
 def divided_by_an_empty_sum(q, k, v, context):
     k, v = repeat_kv(q, k, v)
     scores = (q @ k.transpose(2, 3) * context.scale).to(torch.promote_types(q.dtype, torch.float32))
-    largest = scores.masked_fill(~context.visible.mask, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
-    weights = (scores - largest.clamp(min=-1e4)).clamp(max=0).exp() * context.visible.mask
+    largest = scores.masked_fill(~context.mask.allowed, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
+    weights = (scores - largest.clamp(min=-1e4)).clamp(max=0).exp() * context.mask.allowed
     return (weights / weights.sum(-1, keepdim=True)).to(q.dtype) @ v
 
 
@@ -376,7 +376,7 @@ def divided_by_an_empty_sum(q, k, v, context):
 def inf_in_float16_alone(q, k, v, context):
     # -1e9 is a usual fill, and -inf in float16.
     k, v = repeat_kv(q, k, v)
-    bias = torch.zeros(context.visible.mask.shape).masked_fill(~context.visible.mask, -1e9).to(q.dtype)
+    bias = torch.zeros(context.mask.allowed.shape).masked_fill(~context.mask.allowed, -1e9).to(q.dtype)
     scores = q @ k.transpose(2, 3) * context.scale + bias
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
@@ -399,15 +399,15 @@ def keys_of_a_cache_detached(q, k, v, context):
 
 @planted(compile="one token, 8 keys: ")
 def branch_over_data(q, k, v, context):
-    if bool((context.visible.query_positions < 0).any()):
+    if bool((context.mask.query_positions < 0).any()):
         return eager(q, k, v, context)
     return sdpa(q, k, v, context)
 
 
 @planted(compile="one token, 8 keys: ")
 def a_length_by_item(q, k, v, context):
-    S = int(context.visible.query_positions.max().item()) + 1
-    near = context.where(context.visible.key_positions[:, None, None, :] < S)
+    S = int(context.mask.query_positions.max().item()) + 1
+    near = context.where(context.mask.key_positions[:, None, None, :] < S)
     return sdpa(q, k, v, near) if S > 0 else eager(q, k, v, context)
 
 
@@ -665,7 +665,7 @@ def test_what_a_pass_refuses_is_tried_all_the_same(clause, few_sizes):
 
 def changes_keys_beside_a_mask(q, k, v, context):
     # Only whole texts without padding are tried for it.
-    if not context.visible.causal:
+    if not context.mask.causal:
         with torch.no_grad():
             k.clamp_(-1, 1)
     return eager(q, k, v, context)
@@ -673,15 +673,15 @@ def changes_keys_beside_a_mask(q, k, v, context):
 
 def narrows_the_mask_in_place(q, k, v, context):
     # The mask is one for all layers of a pass: those after this one would have the window, too.
-    visible = context.visible
-    distance = visible.query_positions[:, None, :, None] - visible.key_positions[:, None, None, :]
-    visible.mask.logical_and_(distance < 4)
+    mask = context.mask
+    distance = mask.query_positions[:, None, :, None] - mask.key_positions[:, None, None, :]
+    mask.allowed.logical_and_(distance < 4)
     return eager(q, k, v, context)
 
 
 def masks_all_rows_by_the_first(q, k, v, context):
     # It is the first row, with padding, that is looked at.
-    return eager(q, k, v, replace(context, visible=replace(context.visible, mask=context.visible.mask[:1])))
+    return eager(q, k, v, replace(context, allowed=replace(context.mask, mask=context.mask.allowed[:1])))
 
 
 def reads_the_first_kv_head_only(q, k, v, context):
@@ -697,12 +697,12 @@ def computes_float64_in_float32(q, k, v, context):
 
 
 def detaches_queries_beside_a_mask(q, k, v, context):
-    return eager(q if context.visible.causal else q.detach(), k, v, context)
+    return eager(q if context.mask.causal else q.detach(), k, v, context)
 
 
 def takes_an_item_into_the_graph(q, k, v, context):
     # On a GPU every step would wait for it; see tests/test_compile.py.
-    return eager(q, k, v, context) + 0 * context.visible.query_positions[0, 0].item()
+    return eager(q, k, v, context) + 0 * context.mask.query_positions[0, 0].item()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tinyllama
 from tests.shapes import some_ids, tiny_config, tiny_model
 from tinyllama import attention
-from tinyllama.attention import KERNELS, AttentionContext, Visibility, eager, sdpa
+from tinyllama.attention import AttentionContext, AttentionMask, eager, sdpa
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS
 from tinyllama.lab import restatements, variants
 from tinyllama.lab.kernel_file import VARIANTS
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
@@ -50,7 +51,7 @@ def context(length=T, layer=0, scores=lambda x: x, pattern=lambda x: x, shift=0)
     """That of two whole texts."""
     positions = torch.arange(shift, shift + length).expand(2, -1)
     return AttentionContext(
-        Visibility.of(positions, positions, shift == 0, ROTARY), D**-0.5, layer, scores, pattern
+        AttentionMask.of(positions, positions, shift == 0, ROTARY), D**-0.5, layer, scores, pattern
     )
 
 
@@ -95,8 +96,8 @@ def relative(z, expected):
     return ((z - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
-def scores_of(query, keys, visible):
-    return {j: dot(query, keys[j]) / math.sqrt(D) for j in visible}
+def scores_of(query, keys, mask):
+    return {j: dot(query, keys[j]) / math.sqrt(D) for j in mask}
 
 
 # --- each against its equation ---------------------------------------------------------------------------
@@ -455,11 +456,11 @@ def test_every_layer_may_have_its_own():
     with tinyllama.capture(model, *(f"layers.*.self_attn.{part}" for part in parts)) as values:
         model(some_ids(1, 12))
     positions = torch.arange(12)[None]
-    visible = Visibility.of(positions, positions, True, model.rotary)
+    mask = AttentionMask.of(positions, positions, True, model.rotary)
     for layer, (name, kernel) in enumerate(SMALL.items()):
         q, k, v, z = (values[f"layers.{layer}.self_attn.{part}"] for part in parts)
         v = v.view(1, 12, 2, 8).transpose(1, 2)
-        own = AttentionContext(visible, 8**-0.5, layer, lambda x: x, lambda x: x)
+        own = AttentionContext(mask, 8**-0.5, layer, lambda x: x, lambda x: x)
         assert torch.equal(z, kernel(q, k, v, own)), name
         same = name in ("loops", "online", "flex")
         assert (relative(z, eager(q, k, v, own)) < 1e-5) == same, name

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import KERNELS, eager
+from tinyllama.attention import eager
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import compare, difference, judge, oracle_logits
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
 from tinyllama.parity.measure import limits

@@ -8,7 +8,8 @@ import torch
 
 import tinyllama.attention
 from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
-from tinyllama.attention import KERNELS, eager
+from tinyllama.attention import eager
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import bisect, oracle_logits
 from tinyllama.parity.comparison import REFERENCES, kernel_run, reference_run
 from tinyllama.parity.mutations import MUTATIONS
@@ -50,8 +51,8 @@ def test_every_value_inside_is_the_very_float_of_transformers():
             if fused:
                 assert ours[address] is theirs[address] is None
             elif address.endswith("scores"):
-                visible = torch.ones(T, T, dtype=torch.bool).tril()
-                assert torch.equal(ours[address][:, visible], theirs[address][:, visible])
+                mask = torch.ones(T, T, dtype=torch.bool).tril()
+                assert torch.equal(ours[address][:, mask], theirs[address][:, mask])
             else:
                 assert torch.equal(ours[address], theirs[address]), (attention, address)
 
@@ -113,7 +114,7 @@ def turned_back(model, monkeypatch):
 
 def window(model, monkeypatch):
     def kernel(q, k, v, context):
-        seen = context.visible
+        seen = context.mask
         near = seen.key_positions[:, None, None, :] > seen.query_positions[:, None, :, None] - 8
         return eager(q, k, v, context.where(near))
 
@@ -122,8 +123,8 @@ def window(model, monkeypatch):
 
 def no_mask(model, monkeypatch):
     def kernel(q, k, v, context):
-        everything = replace(context.visible, mask=torch.ones_like(context.visible.mask), causal=False)
-        return eager(q, k, v, replace(context, visible=everything))
+        everything = replace(context.mask, mask=torch.ones_like(context.mask.allowed), causal=False)
+        return eager(q, k, v, replace(context, allowed=everything))
 
     model.set_attention(kernel)
 

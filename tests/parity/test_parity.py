@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
-from tinyllama.attention import KERNELS
 from tinyllama.checkpoints.load import load_model
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.mutations import MUTATIONS, try_mutations
 from tinyllama.parity.reference import config_fields, reference_model

@@ -10,16 +10,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tinyllama.fast.fused import FUSED
 from torch import Tensor, nn
 
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import KERNELS, eager
+from tinyllama.attention import eager
 from tinyllama.cache import KVCache
 from tinyllama.checkpoints.load import load_model
 from tinyllama.fast import native
-from tinyllama.fast.fused import FUSED
 from tinyllama.fast.linear import FastLinear, Int8Linear
-from tinyllama.fast.split_linear import Linear
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Block
 from tinyllama.parity.comparison import Case, compare_runs, reference_run, truths
 from tinyllama.parity.divergence import Divergence, Run, bisect

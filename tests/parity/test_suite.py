@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 
 from tests.shapes import some_ids, tiny_config
-from tinyllama.attention import KERNELS, eager
+from tinyllama.attention import eager
 from tinyllama.cli import terminal
 from tinyllama.fast import native
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import report, suite
 from tinyllama.parity.continuations import SETTINGS, Continuations, Flip
 from tinyllama.parity.gradients import WeightGradient

@@ -28,9 +28,9 @@ def louder(q, k, v, context):
     return eager(q, k, 1.01 * v, context)
 
 def leaking(q, k, v, context):
-    seen = context.visible
+    seen = context.mask
     mask = seen.key_positions[:, None, None, :] <= seen.query_positions[:, None, :, None] + 1
-    return eager(q, k, v, replace(context, visible=replace(seen, mask=mask, causal=False)))
+    return eager(q, k, v, replace(context, visible=replace(seen, allowed=mask, causal=False)))
 
 def nan(q, k, v, context):
     return eager(q, k, v * torch.nan, context)
@@ -38,11 +38,11 @@ def nan(q, k, v, context):
 def textbook(q, k, v, context):
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("bhtd,bhsd->bhts", q, k) * context.scale
-    scores = scores.masked_fill(~context.visible.mask, -torch.inf)
+    scores = scores.masked_fill(~context.mask.allowed, -torch.inf)
     return torch.einsum("bhts,bhsd->bhtd", scores.softmax(dim=-1), v)
 
 def window(q, k, v, context):
-    seen = context.visible
+    seen = context.mask
     return eager(q, k, v, context.where(seen.key_positions > seen.query_positions[:, None, :, None] - 8))
 """
 EXPLICIT_WINDOW = """

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tinyllama.attention import sdpa
 
 def near(q, k, v, context, *, size=4):
-    seen = context.visible
+    seen = context.mask
     distance = seen.query_positions[:, None, :, None] - seen.key_positions[:, None, None, :]
     return sdpa(q, k, v, context.where(distance < size))
 

@@ -120,7 +120,7 @@ def test_a_variant_or_a_kernel_of_ones_own_continues_a_prompt(run_script, smollm
     kernel.write_text(
         "import tinyllama\n"
         "def near(q, k, v, context, size=2):\n"
-        "    seen = context.visible\n"
+        "    seen = context.mask\n"
         "    distance = seen.query_positions[:, None, :, None] - seen.key_positions[:, None, None, :]\n"
         "    return tinyllama.sdpa(q, k, v, context.where(distance < size))\n"
     )

@@ -17,7 +17,6 @@ from tinyllama.bench.ours import weight_bytes
 from tinyllama.bench.tables import heading, table
 from tinyllama.fast import native
 from tinyllama.fast.linear import FastLinear, quantise
-from tinyllama.fast.split_linear import Linear
 
 Figures = dict[str, Any]
 Way = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.attention import AttentionContext, Visibility
+from tinyllama.attention import AttentionContext, AttentionMask
 from tinyllama.bench.limits import timed
 from tinyllama.config import LlamaConfig
 from tinyllama.fast import native
@@ -82,14 +82,14 @@ def attention(
         return _fused(config, heads, context, dtype)
     last = torch.tensor([[context - 1]], device=device)
     keys = torch.arange(context, device=device)[None]
-    visible = Visibility.of(last, keys, causal=False, rotary=model.rotary, full=True)
+    mask = AttentionMask.of(last, keys, causal=False, rotary=model.rotary, full=True)
     q = torch.randn(1, config.num_attention_heads, 1, D, device=device).to(dtype)
     shape = (config.num_hidden_layers, 1, heads, context, D)
     k, v = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
 
     def action() -> list[Tensor]:
         return [
-            layer.kernel(q, k[n], v[n], AttentionContext(visible, D**-0.5, n, lambda x: x, lambda x: x))
+            layer.kernel(q, k[n], v[n], AttentionContext(mask, D**-0.5, n, lambda x: x, lambda x: x))
             for n, layer in enumerate(model.attentions)
         ]
 

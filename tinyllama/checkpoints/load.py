@@ -16,16 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tinyllama.attention import kernel
 from tinyllama.checkpoints.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
 from tinyllama.checkpoints.tensor_file import StoredTensor, read_header
 from tinyllama.cli.terminal import byte_progress
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
-from tinyllama.fast.fused import fuse
-from tinyllama.fast.split_linear import Linear
-from tinyllama.fast.storage import Storage
+from tinyllama.fast.storage import Storage, speed_up, start
+from tinyllama.kernels import kernel
 from tinyllama.model import Llama
 
 SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -34,6 +32,7 @@ SHARD = re.compile(r"[\w.-]+\.safetensors")
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 
 HEAD = "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
 
 
 def load_model(
@@ -68,6 +67,8 @@ def load_model(
     stored = find_tensors(folder)
     _check_layers(config, stored, folder)
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
+    claims = storage.claims({tensor.dtype for tensor in stored.values()}) if device.type == "cpu" else []
+    start(claims)
     check_memory("the model", int(sum(config.parameters.values()) * storage.itemsize(widest)), device)
     with torch.device("meta"), _Unfilled():
         model = Llama(config)
@@ -75,10 +76,14 @@ def load_model(
 
     with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
         state = {}
-        matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+        matrices = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
         if config.tie_word_embeddings:
             matrices.remove(HEAD)  # it is compared with the embedding first
-        for name, values in _read(stored, device, storage):
+        dtypes = {
+            name: storage.dtype_of(tensor.dtype) if name in (matrices | {EMBEDDING, HEAD}) else dtype
+            for name, tensor in stored.items()
+        }
+        for name, values in _read(stored, device, dtypes):
             state[name] = values
             if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
@@ -98,9 +103,10 @@ def load_model(
     if storage.kind != "int8":  # rounded, the head is a matrix of its own
         model.tie_weights()
     model.set_attention(chosen)
-    if storage.kind != "exact" and device.type == "cpu":
-        fuse(model)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if device.type == "cpu":
+        speed_up(model, claims)
+    return model
 
 
 def _keep(model: Llama, state: dict[str, Tensor], name: str, storage: Storage) -> None:
@@ -215,16 +221,16 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
 
 
 def _read(
-    stored: dict[str, StoredTensor], device: torch.device, storage: Storage
+    stored: dict[str, StoredTensor], device: torch.device, dtypes: dict[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the device as it is to be kept, found finite."""
     files: dict[Path, Any] = {}
     for name, tensor in stored.items():
-        dtype = storage.dtype_of(tensor.shape, tensor.dtype)
+        dtype = dtypes[name]
         try:
             # A file's pages that were read count as ours until it is closed. Where they are the weights, one
             # opening serves all; where they are converted, they must go before the next tensor comes.
-            if tensor.path not in files or tensor.dtype != dtype or storage.kind == "int8":
+            if tensor.path not in files or tensor.dtype != dtype:
                 files = {tensor.path: safe_open(tensor.path, framework="pt")}
             values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
         except (OSError, RuntimeError, SafetensorError) as error:

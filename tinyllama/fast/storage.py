@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tinyllama.attention import sdpa
+from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
-from tinyllama.fast import native
-from tinyllama.fast.linear import FastLinear, Int8Linear, quantise
-from tinyllama.fast.native import GROUP
+from tinyllama.fast import attention, build, linear, native
+from tinyllama.fast.build import GROUP, BuildError
+from tinyllama.fast.claims import Claim
+from tinyllama.fast.linear import FastLinear, Int8Linear, SplitLinear, quantise
+from tinyllama.model import Llama
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("exact", "stored", *FLOATS, "int8")
@@ -37,14 +44,13 @@ class Storage:
         """
         if kind not in KINDS:
             raise InputError(f"weights: expected one of {', '.join(KINDS)}, got {kind!r}")
-        slow = device.type != "cpu" or dtype == torch.float64
-        if kind == "stored" and (slow or not native.available()):
+        if kind == "stored" and (device.type != "cpu" or dtype == torch.float64 or not _has_compiler()):
             kind = "exact"
         return Storage(kind, dtype)
 
-    def dtype_of(self, shape: tuple[int, ...], stored: torch.dtype) -> torch.dtype:
-        """What a tensor is read as."""
-        if self.kind == "exact" or len(shape) < 2:
+    def dtype_of(self, stored: torch.dtype) -> torch.dtype:
+        """What a matrix is read as."""
+        if self.kind == "exact":
             return self.dtype
         if self.kind in FLOATS:
             return FLOATS[self.kind]
@@ -52,13 +58,13 @@ class Storage:
 
     def itemsize(self, stored: torch.dtype) -> float:
         """Bytes that a weight of a matrix takes in memory."""
-        return 1 + 2 / GROUP if self.kind == "int8" else self.dtype_of((1, 1), stored).itemsize
+        return 1 + 2 / GROUP if self.kind == "int8" else self.dtype_of(stored).itemsize
 
-    def linear(self, weight: Tensor) -> FastLinear:
-        """The layer that keeps such a matrix; not for "exact".
+    def linear(self, weight: Tensor) -> nn.Module:
+        """The layer that keeps such a matrix.
 
         Raises:
-            InputError: its rows cannot be divided into groups.
+            InputError: for "int8", its rows cannot be divided into groups.
         """
         if self.kind != "int8":
             return FastLinear(weight)
@@ -67,3 +73,53 @@ class Storage:
                 f"weights: int8 needs rows that are a multiple of {GROUP}, got {weight.shape[1]}; use stored"
             )
         return Int8Linear(*quantise(weight))
+
+    def claims(self, stored: Iterable[torch.dtype]) -> list[Claim]:
+        """What compiled code a model on the CPU will use, whose matrices have those dtypes in the file."""
+        if self.kind == "exact":
+            return [linear.split_claim()] if self.dtype.itemsize >= 4 else []
+        if self.dtype == torch.float64:
+            return []
+        kept = {torch.int8} if self.kind == "int8" else {self.dtype_of(dtype) for dtype in stored}
+        found = [linear.claim(dtype, linear.compute_dtype(self.dtype)) for dtype in sorted(kept, key=str)]
+        return [*found, attention.claim(self.dtype)] if self.dtype in native.ACTIVATIONS else found
+
+
+def start(claims: list[Claim]) -> None:
+    """Begin to compile what the claims need, and say so if it is not there yet; does not wait."""
+    try:
+        builds = [claim.build for claim in claims if claim.build is not None]
+        for one in builds:
+            one.start()
+        if not all(one.library for one in builds):
+            note("compiling matrix products and attention for this processor; it is done once")
+    except BuildError:
+        pass  # the claims will say it
+
+
+def speed_up(model: Llama, claims: list[Claim]) -> None:
+    """Let a model on the CPU use the faster code whose claims hold, checked now and at each generation."""
+    for module in model.modules():
+        if type(module) is nn.Linear and linear.split_claim() in claims:
+            module.__class__ = SplitLinear
+    for layer in model.attentions:
+        if layer.kernel is sdpa and any(attention.claim(dtype) in claims for dtype in native.ACTIVATIONS):
+            layer.kernel = attention.compiled_sdpa
+    end = time.monotonic() + build.WAIT_SECONDS
+    for claim in claims:
+        claim.check(wait=max(0.0, end - time.monotonic()))
+    model.begin = partial(_check, claims)  # type: ignore[method-assign]
+
+
+def _check(claims: list[Claim]) -> None:
+    for claim in claims:
+        claim.check()
+
+
+def _has_compiler() -> bool:
+    try:
+        build.compiler()
+    except BuildError as error:
+        note(f"weights stay exact, at half the speed or less: {error}")
+        return False
+    return True

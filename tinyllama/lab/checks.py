@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.attention import AttentionContext, Kernel, Visibility
+from tinyllama.attention import AttentionContext, AttentionMask, Kernel
 from tinyllama.config import LlamaConfig
 from tinyllama.parity.measure import CEILING
 from tinyllama.rope import RotaryEmbedding
@@ -57,14 +57,14 @@ class Trial:
         """The kernel's output for q, k, v at these positions, queries (B, T) and keys (B or 1, S)."""
         return self.attend(inputs, self.visible(positions, keys, causal))
 
-    def visible(self, positions: Tensor, keys: Tensor | None = None, causal: bool = False) -> Visibility:
+    def visible(self, positions: Tensor, keys: Tensor | None = None, causal: bool = False) -> AttentionMask:
         """What the kernel is told of positions and mask."""
-        return Visibility.of(positions, positions if keys is None else keys, causal, self.rotary)
+        return AttentionMask.of(positions, positions if keys is None else keys, causal, self.rotary)
 
-    def attend(self, inputs: Sequence[Tensor], visible: Visibility) -> Tensor:
+    def attend(self, inputs: Sequence[Tensor], mask: AttentionMask) -> Tensor:
         """The kernel's output."""
         q, k, v = inputs
-        context = AttentionContext(visible, self.D**-0.5, self.layer, lambda x: x, lambda x: x)
+        context = AttentionContext(mask, self.D**-0.5, self.layer, lambda x: x, lambda x: x)
         return self.kernel(q, k, v, context)
 
     def full(self, inputs: Sequence[Tensor], causal: bool = True) -> Tensor:
@@ -97,17 +97,17 @@ def _pure(trial: Trial) -> Iterator[str]:
             trial.visible(all_of_it - 1),
             trial.visible(last, all_of_it[:1]),
         )
-        for visible in ways:
+        for mask in ways:
             q, k, v = trial.draw(B, T)
-            given = {"q": q[:, :, -visible.query_positions.shape[1] :].clone(), "k": k, "v": v}
-            given["the mask"] = visible.mask
+            given = {"q": q[:, :, -mask.query_positions.shape[1] :].clone(), "k": k, "v": v}
+            given["the mask"] = mask.allowed
             copies = {name: x.clone() for name, x in given.items()}
             inputs = given["q"], k, v
-            z = trial.attend(inputs, visible).clone()
+            z = trial.attend(inputs, mask).clone()
             for name, x in given.items():
                 if not torch.equal(x, copies[name]):
                     yield f"T={T}: {name} is changed in place; caches and later layers would see it"
-            if not torch.allclose(trial.attend(inputs, visible), z, rtol=0, atol=0, equal_nan=True):
+            if not torch.allclose(trial.attend(inputs, mask), z, rtol=0, atol=0, equal_nan=True):
                 yield f"T={T}: the same inputs give something else the second time"
 
 

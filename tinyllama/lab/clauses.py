@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tinyllama.attention import AttentionContext, Kernel, kernel_name
-from tinyllama.by_head import ByHead
 from tinyllama.errors import InputError
+from tinyllama.kernels import ByHead
 
 CLAUSES = {
     "shape": "gives (B, H, T, D), for any number of rows, queries and keys",
@@ -97,7 +97,7 @@ def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: 
 
 def _padded(context: AttentionContext) -> bool:
     # Looks at data, so never inside a graph.
-    visible = context.visible
-    if visible.causal or torch.compiler.is_compiling():
+    mask = context.mask
+    if mask.causal or torch.compiler.is_compiling():
         return False
-    return bool((visible.query_positions < 0).any())
+    return bool((mask.query_positions < 0).any())

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinyllama.attention import KERNELS, Kernel
+from tinyllama.attention import Kernel
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS
 from tinyllama.lab import restatements, variants
 
 VARIANTS: dict[str, Kernel] = {

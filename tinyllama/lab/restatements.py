@@ -17,7 +17,7 @@ def loops(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """
     B, H, T, _ = q.shape
     G = H // k.shape[1]
-    mask = context.visible.mask.expand(B, 1, T, -1)
+    mask = context.mask.allowed.expand(B, 1, T, -1)
     z = torch.empty_like(q)
     for b in range(B):
         for h in range(H):
@@ -45,8 +45,8 @@ def online(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, block:
     total, z = torch.zeros_like(m), torch.zeros_like(q, dtype=working)
     for start in range(0, k.shape[2], block):
         keys, values = k[:, :, start : start + block], v[:, :, start : start + block].to(working)
-        visible = context.visible.mask[..., start : start + block]
-        scores = (q @ keys.transpose(2, 3) * context.scale).to(working).masked_fill(~visible, lowest)
+        allowed = context.mask.allowed[..., start : start + block]
+        scores = (q @ keys.transpose(2, 3) * context.scale).to(working).masked_fill(~allowed, lowest)
         larger = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
         weights, shrink = (scores - larger).exp(), (m - larger).exp()
         total = total * shrink + weights.sum(dim=-1, keepdim=True)
@@ -64,10 +64,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = context.visible.mask.expand(q.shape[0], 1, -1, -1)
+    mask = context.mask.allowed.expand(q.shape[0], 1, -1, -1)
 
     def visible(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(mask[b, 0, i, j], score, -torch.inf)
 
-    z: Tensor = flex_attention(q, k, v, score_mod=visible, scale=context.scale, enable_gqa=True)
+    z: Tensor = flex_attention(q, k, v, score_mod=mask, scale=context.scale, enable_gqa=True)
     return z

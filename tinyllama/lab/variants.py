@@ -37,7 +37,7 @@ def sinks(
     paper counts them within its rolling cache.
     """
     _require(size >= 1, "sinks: size", "1 or more", size)
-    start = context.visible.key_positions[:, None, None, :] < first
+    start = context.mask.key_positions[:, None, None, :] < first
     return sdpa(q, k, v, context.where(start | (_distance(context) < size)))
 
 
@@ -87,7 +87,7 @@ def linear(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
     # float32 at least: sums of many positive products overflow float16.
     working = torch.promote_types(q.dtype, torch.float32)
     phi_q, phi_k = F.elu(q.to(working)) + 1, F.elu(k.to(working)) + 1
-    weights = context.scores((phi_q @ phi_k.transpose(2, 3)).masked_fill(~context.visible.mask, 0.0))
+    weights = context.scores((phi_q @ phi_k.transpose(2, 3)).masked_fill(~context.mask.allowed, 0.0))
     total = weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(working).tiny)
     return context.pattern((weights / total).to(q.dtype)) @ v
 
@@ -118,7 +118,7 @@ def topk(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, keys: in
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~context.visible.mask, lowest)  # what is not visible takes nobody's place
+    scores = scores.masked_fill(~context.mask.allowed, lowest)  # what is not visible takes nobody's place
     kth = scores.topk(min(keys, scores.shape[-1]), dim=-1).values[..., -1:]
     return masked_softmax(scores.masked_fill(scores < kth, lowest), context) @ v
 
@@ -151,9 +151,9 @@ def ablate(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
 
 def without_rope(q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """Queries and keys turned back by their own positions, as they were before RoPE."""
-    visible = context.visible
-    q_cos, q_sin = visible.rotary(visible.query_positions, q.dtype)
-    k_cos, k_sin = visible.rotary(visible.key_positions, k.dtype)
+    mask = context.mask
+    q_cos, q_sin = mask.rotary(mask.query_positions, q.dtype)
+    k_cos, k_sin = mask.rotary(mask.key_positions, k.dtype)
     return rotate(q, q_cos, -q_sin), rotate(k, k_cos, -k_sin)
 
 
@@ -164,8 +164,8 @@ def _require(kept: bool, what: str, expected: str, got: float) -> None:
 
 def _distance(context: AttentionContext) -> Tensor:
     """How far back each key is, i - j: (B, 1, T, S)."""
-    visible = context.visible
-    return visible.query_positions[:, None, :, None] - visible.key_positions[:, None, None, :]
+    mask = context.mask
+    return mask.query_positions[:, None, :, None] - mask.key_positions[:, None, None, :]
 
 
 def _halves(x: Tensor) -> tuple[Tensor, ...]:

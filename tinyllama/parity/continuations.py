@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from tinyllama.attention import KERNELS
 from tinyllama.generation import generate
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parity.measure import FLIP_MARGIN, difference
 from tinyllama.parity.oracle import oracle_logits

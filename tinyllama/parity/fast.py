@@ -1,7 +1,7 @@
-"""The fast layers under the judge: a plain model's matrices swapped for them, and passes that use both ways.
+"""The weight modes under the judge: a plain model's matrices kept in fewer bits, and passes of every size.
 
-`FastLinear` has one way for a few vectors (matvec.c) and one for many. So a text goes through the model in
-two parts: the first half in one pass, the rest through the KV cache in small pieces.
+A product has one way for a few vectors (matvec.c) and one for many (matmul.c). So a text goes through the model
+in two parts: the first half in one pass, the rest through the KV cache in small pieces.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from tinyllama.attention import Kernel, sdpa
 from tinyllama.config import LlamaConfig
 from tinyllama.fast import native
-from tinyllama.fast.fused import fuse
-from tinyllama.fast.linear import FastLinear, Int8Linear
-from tinyllama.fast.native import GROUP
-from tinyllama.fast.split_linear import Linear
+from tinyllama.fast.attention import compiled_sdpa
+from tinyllama.fast.build import GROUP
+from tinyllama.fast.linear import Int8Linear, widened
 from tinyllama.fast.storage import Storage
 from tinyllama.hooks import shape
 from tinyllama.model import Llama
@@ -29,7 +28,7 @@ from tinyllama.parity.divergence import Run
 from tinyllama.parity.reference import reference_model
 from tinyllama.parity.trace import Trace, reference_trace, their_path, watch
 
-# Of the pieces after the first, over and over: matvec.c takes vectors by four, two or one at a time.
+# Sizes of the pieces after the first, over and over: matvec.c takes vectors by four, two or one at a time.
 PIECES = range(1, 9)
 # What joins the pieces' values where a piece has not seen the later keys.
 UNSEEN = {"scores": -torch.inf, "pattern": 0.0}
@@ -37,48 +36,53 @@ UNSEEN = {"scores": -torch.inf, "pattern": 0.0}
 Layers = Mapping[str, nn.Module]
 
 
-def fast_layers(model: Llama, kind: str) -> dict[str, FastLinear]:
-    """A fast layer for every matrix of a plain model, by module path.
+def fast_layers(model: Llama, kind: str) -> Layers:
+    """A layer that keeps its weights as in a mode, for every matrix of a plain model, by module path.
 
     Args:
         model: stays as it is.
-        kind: "same" keeps the model's own tensors, without a copy; "int8" rounds them.
+        kind: "stored" keeps the model's own tensors, without a copy; "int8" rounds them.
 
     Raises:
         InputError: for "int8", a matrix has rows that cannot be divided into groups.
     """
-    storage = Storage("stored" if kind == "same" else kind, model.dtype)
-    matrices = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    storage = Storage(kind, model.dtype)
+    matrices = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {path: storage.linear(module.weight.detach()) for path, module in matrices.items()}
 
 
 def divisible(model: Llama) -> bool:
     """Whether its matrices can be kept in 8 bits."""
-    return all(module.in_features % GROUP == 0 for module in model.modules() if isinstance(module, Linear))
+    return all(module.in_features % GROUP == 0 for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def products(model: Llama, kind: str) -> str:
+    """What a row's name adds where the compiled code of that mode does not run."""
+    stored = {module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)}
+    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+    claims = Storage(kind, model.dtype).claims(stored) if on_cpu else []
+    held = [claim.check(wait=60) for claim in claims]
+    return "" if held and all(held) else " on PyTorch's own products"
 
 
 @contextmanager
 def swapped(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put layers in the place of a model's own, and fuse the rest; all is as before when the block ends."""
+    """Put layers in the place of a model's own; all is as before when the block ends."""
     own = {path: model.get_submodule(path) for path in layers}
-    kinds = {module: type(module) for module in model.modules()}
     try:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
-        fuse(model)
         yield
     finally:
         for path, layer in own.items():
             model.set_submodule(path, layer)
-        for module, kind in kinds.items():
-            module.__class__ = kind
 
 
 def fast_run(model: Llama, layers: Layers, kernel: Kernel = sdpa) -> Run:
-    """Our model with those layers, which it has while it runs."""
+    """Our model with those layers, which it has while it runs; `sdpa` is the compiled one."""
 
     def run(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
-        model.set_attention(kernel)
+        model.set_attention(compiled_sdpa if kernel is sdpa else kernel)
         with swapped(model, layers):
             return cached_trace(model, ids, addresses)
 
@@ -92,7 +96,7 @@ def cached_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> 
     wanted, parts = list(addresses), []
     for start, end in pieces(len(ids)):
         with watch(model, wanted) as seen:
-            model(torch.tensor([list(ids[start:end])], device=device), cache.upto(end))
+            model(torch.tensor([list(ids[start:end])], device=device), cache)
         parts.append(seen)
     return {address: _joined(address, [part[address] for part in parts], len(ids)) for address in wanted}
 
@@ -120,16 +124,9 @@ def _joined(address: str, values: Sequence[Tensor | None], length: int) -> Tenso
     return torch.cat(whole, dim=axes.index("T"))[0]
 
 
-def products(model: Llama) -> str:
-    """What a row's name says about the products that it ran on: nothing where they are matvec.c's."""
-    compiled = model.embed_tokens.weight.device.type == "cpu" and native.available()
-    return "" if compiled else " on PyTorch's own products"
-
-
 def dequantised(layer: Int8Linear) -> Tensor:
     """W in float32, by its definition: 7 bits times a scale's 8 are exact."""
-    assert layer.scales is not None
-    return layer.weight.float().mul_(layer.scales.float().repeat_interleave(GROUP, dim=1))
+    return widened(layer.weight, layer.scales, slice(None), torch.float32)
 
 
 class Dequantised:
@@ -138,7 +135,7 @@ class Dequantised:
     Each matrix is computed when it is asked for: no second model in memory.
     """
 
-    def __init__(self, model: Llama, layers: Mapping[str, FastLinear]) -> None:
+    def __init__(self, model: Llama, layers: Layers) -> None:
         # Rounded, the head is a matrix of its own.
         self.config: LlamaConfig = replace(model.config, tie_word_embeddings=False)
         self.dtype = model.dtype
@@ -152,7 +149,7 @@ class Dequantised:
 class _Weights(Mapping[str, Tensor]):
     """A state dict, some matrices of which are dequantised."""
 
-    def __init__(self, plain: Mapping[str, Tensor], layers: Mapping[str, FastLinear]) -> None:
+    def __init__(self, plain: Mapping[str, Tensor], layers: Layers) -> None:
         self._plain, self._layers = plain, layers
 
     def __getitem__(self, name: str) -> Tensor:
@@ -166,7 +163,7 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._plain)
 
 
-def dequantised_reference_run(model: Llama, layers: Mapping[str, FastLinear], attention: str) -> Run:
+def dequantised_reference_run(model: Llama, layers: Layers, attention: str) -> Run:
     """Run transformers over the dequantised weights; `attention` is "eager" or "sdpa"."""
     reference = reference_model(model, attention)
     for path, layer in layers.items():

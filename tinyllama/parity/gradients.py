@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama.attention import KERNELS
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parity.measure import FACTOR
 from tinyllama.parity.oracle import oracle_logits

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import tinyllama.attention
 import tinyllama.model
-from tinyllama.attention import AttentionContext, Visibility, eager
+from tinyllama.attention import AttentionContext, AttentionMask, eager
 from tinyllama.model import MLP, Llama, RMSNorm
 from tinyllama.parity.divergence import Divergence, bisect
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
@@ -116,6 +116,7 @@ def _theta(model: Llama, theta: float) -> Iterator[None]:
 def _interleaved_pairs(model: Llama) -> AbstractContextManager[Any]:
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x1, x2 = x[..., ::2], x[..., 1::2]
+        cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
         return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
 
     return patch.object(tinyllama.attention, "rotate", rotate)
@@ -134,7 +135,8 @@ def _positions_plus_1(model: Llama) -> Iterator[None]:
 def _bfloat16_angles(model: Llama) -> AbstractContextManager[Any]:
     def forward(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     return patch.object(RotaryEmbedding, "forward", forward)
 
@@ -161,15 +163,13 @@ def _scale_by_hidden_size(model: Llama) -> Iterator[None]:
 
 
 def _leaking_mask(model: Llama) -> AbstractContextManager[Any]:
-    def leaking(
-        positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding, full: bool
-    ) -> Visibility:
-        visible = original(positions, keys, causal, rotary, full)
-        ahead = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None] + 1
-        return dataclasses.replace(visible, mask=ahead, causal=False, full=False)
+    def leaking(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> AttentionMask:
+        mask = original(positions, keys, causal, rotary)
+        ahead = mask.key_positions[:, None, None, :] <= mask.query_positions[:, None, :, None] + 1
+        return dataclasses.replace(mask, allowed=ahead, causal=False)
 
-    original = Visibility.of
-    return patch.object(Visibility, "of", staticmethod(leaking))
+    original = AttentionMask.of
+    return patch.object(AttentionMask, "of", staticmethod(leaking))
 
 
 def _layer_norm(model: Llama) -> AbstractContextManager[Any]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from tinyllama.attention import KERNELS, Kernel
+from tinyllama.attention import Kernel
 from tinyllama.device import machine
 from tinyllama.errors import InputError
+from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parity import report
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
@@ -143,7 +144,7 @@ class Suite:
 
     def _judge_int8(self, subject: Subject, model: Llama, texts: Texts, truth: Mapping[str, Trace]) -> None:
         """8-bit weights: the computation with them, and what rounding them does to a trained model."""
-        name, who = f"{subject.name}, int8 weights", f"tinyllama int8{products(model)}"
+        name, who = f"{subject.name}, int8 weights", f"tinyllama int8{products(model, 'int8')}"
         self._done(f"{name} float32, rounding")
         layers = fast_layers(model, "int8")
         run, right = fast_run(model, layers), Dequantised(model, layers)
@@ -189,7 +190,9 @@ class Suite:
     ) -> None:
         candidates = {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()}
         if kernels == KERNELS and dtype != "float64":
-            candidates[f"tinyllama fast{products(model)}"] = fast_run(model, fast_layers(model, "same"))
+            candidates[f"tinyllama stored{products(model, 'stored')}"] = fast_run(
+                model, fast_layers(model, "stored")
+            )
         indivisible = kernels == KERNELS and dtype == "float32" and not divisible(model)
         self._compare(
             name,

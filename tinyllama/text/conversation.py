@@ -90,9 +90,8 @@ class Conversation:
         # The last token is computed in any case: its logits choose the next.
         cached = min(common_prefix(ids, self._cached_ids), len(ids) - 1)
         self._reserve(min(len(ids) + max_new_tokens, context))
-        tokens = stream(
-            self._model, ids, max_new_tokens=max_new_tokens, cache=self._cache, cached=cached, **settings
-        )
+        self._cache.length = cached
+        tokens = stream(self._model, ids, max_new_tokens=max_new_tokens, cache=self._cache, **settings)
         reply = TextReply(tokens, self._tokenizer, ids)
         self._cached_ids = ids[:cached]  # an interrupted prefill leaves anything after these
         said = ""
@@ -117,8 +116,8 @@ class Conversation:
         if old.capacity < length:
             context = self._model.config.max_position_embeddings
             self._cache = self._model.new_cache(1, min(max(length, 2 * old.capacity), context))
-            self._cache.keys[..., : old.capacity, :] = old.keys[..., : old.capacity, :]
-            self._cache.values[..., : old.capacity, :] = old.values[..., : old.capacity, :]
+            self._cache.keys[..., : 1 + old.capacity, :] = old.keys
+            self._cache.values[..., : 1 + old.capacity, :] = old.values
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,31 +1,32 @@
-/* y = W x for many vectors x at once: the product that a prompt consists of.
+/* y = W x for many vectors x: the product that a prompt consists of. `matvec_plain` says what it computes.
  *
- * Its time is that of multiplying, so both factors are laid out as the arithmetic likes them before (Goto and van
- * de Geijn 2008, "Anatomy of high-performance matrix multiplication"): the vectors in panels, one in each lane,
- * and a block of W in its core's own cache, where every weight then meets every panel. Where processors multiply
- * bfloat16 numbers and x has such, W is rounded to them; else both are widened. Sums are float32. Of float32
- * products at most `CHAIN` are added up in one: over long rows its rounding errors would be twice as large.
+ * Its time is that of multiplying, so both factors are first laid out for the arithmetic (Goto and van de Geijn
+ * 2008, "Anatomy of high-performance matrix multiplication"): the vectors in panels with one vector in each lane,
+ * and a block of W in the core's own cache, where it meets every panel. Where x is bfloat16 and the processor
+ * multiplies such numbers, W is rounded to bfloat16; otherwise both are widened to float32. Sums are float32. At
+ * most CHAIN float32 products are added in one sum: over long rows its rounding error would be twice as large.
  *
- * Compiled once for each dtype of W and each of x and y, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py.
+ * Compiled once for each dtype of W and each dtype of x and y; see build.py.
  */
 
+#include "team.h"
 #include "weights.h"
 
 int omp_get_num_threads(void); /* as in omp.h, which not every compiler comes with */
 
 enum {
-    ROWS = 64,                       /* of W in a block */
-    DEPTH = 1408,                    /* most words of each: blocks and sums have to fit in the second cache */
-    CHAIN = WORD == 2 ? DEPTH : 256, /* words added up in one sum; bfloat16 numbers have larger errors anyway */
-    VECTORS = 512,                   /* most vectors at once; for more, W is read again */
-    APART = LANES,                   /* between rows of a block, or all would compete for the same places there */
-    TALL = sizeof(floats) / sizeof(value), /* rows whose results fill a vector */
-    SHARES = VECTORS / PANEL / TILE, /* tiles that ask for a row of the next block, each for a part of it */
+    ROWS = 64,                       /* rows of W in a block */
+    DEPTH = 1408,                    /* most words of a row in a block: blocks and sums must fit the second cache */
+    CHAIN = WORD == 2 ? DEPTH : 256, /* words in one sum; bfloat16 products have larger errors anyway */
+    VECTORS = 512,                   /* vectors at a time; for more, W is read again */
+    APART = LANES,                   /* gap between rows of a block, or they would share the same cache sets */
+    TALL = sizeof(floats) / sizeof(value), /* rows whose results fill a register */
+    SHARES = VECTORS / PANEL / TILE, /* tiles that prefetch one row of the next block, each a part of it */
 };
 
-/* packed[panel][c][lane] = word c of vector panel * PANEL + lane; the last panel is filled up with the last one. */
+/* packed[panel][c][lane] = word c of vector panel * PANEL + lane; the last vector fills up the last panel. */
 static void pack(const value *x, float *packed, long cols, long n) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long first = 0; first < (n + PANEL - 1) / PANEL * PANEL; first += LANES)
         for (long c = 0; c < cols / WORD; c += LANES) {
             floats square[LANES];
@@ -39,7 +40,7 @@ static void pack(const value *x, float *packed, long cols, long n) {
         }
 }
 
-/* y[t][r] = sums[r][t], for LANES vectors t or what is left of n, and TALL rows or what is left. */
+/* y[t][r] = sums[r][t] for at most LANES vectors t < n and at most TALL rows r < left. */
 INLINE void unpack(const float *sums, value *y, long rows, long n, long left) {
     floats square[LANES];
     for (long i = 0; i < LANES; i++) {
@@ -57,19 +58,17 @@ INLINE void unpack(const float *sums, value *y, long rows, long n, long left) {
             memcpy(y + t * rows, square + t, left * sizeof *y);
 }
 
-/* The products of up to ROWS rows with n packed vectors. w, scales: the rows'. y: (n, rows), from the first on.
- *
- * The arithmetic alone runs at what the processor can do. So that it does not wait for W and for y, memory is asked
- * meanwhile for what comes next, a little with each tile. */
+/* The products of `high` rows, at most ROWS, with n packed vectors. w, scales and y begin at the first of the rows.
+ * Each tile also prefetches a little of what comes next, so that the arithmetic never waits for W or y. */
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, value *y, long high, long rows,
                      long cols, long n) {
     const long every = LINE * SHARES / (WORD * sizeof *w);
     _Alignas(LINE) float block[ROWS * (DEPTH + APART)];
-    _Alignas(LINE) float sums[VECTORS * ROWS]; /* by panels; where the block has the whole depth, one is enough */
+    _Alignas(LINE) float sums[VECTORS * ROWS]; /* a panel each; one is enough where a block has the whole depth */
     long length = cols / WORD, panels = length > DEPTH;
     for (long c = 0; c < length; c += DEPTH) {
         long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;
-        const stored *next = done ? w + omp_get_num_threads() * ROWS * cols /* most likely */ : w + (c + depth) * WORD;
+        const stored *next = done ? w + omp_get_num_threads() * ROWS * cols /* the likely one */ : w + (c + depth) * WORD;
         for (long r = 0; r < high; r++)
             for (long i = 0; i < depth; i += LANES) {
                 long at = r * cols + (c + i) * WORD;
@@ -95,19 +94,34 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
     }
 }
 
-/* For each of `count` matrices; w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone.
- * x: (n, cols), for all of them. y: (n, rows). packed: room for min(n, VECTORS) vectors, in whole panels of words. */
-void matmul(const stored *const *w, const uint16_t *const *scales, const value *x, float *packed, value *const *y,
-            const long *rows, long count, long cols, long n) {
-#pragma omp parallel
+/* How many floats `packed` needs for n vectors. */
+long packed_size(long cols, long n) {
+    long most = n < VECTORS ? n : VECTORS;
+    return (most + PANEL - 1) / PANEL * PANEL * cols;
+}
+
+/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows).
+ * packed: see `packed_size`. */
+void matmul(const stored *w, const uint16_t *scales, const value *x, float *packed, value *y, long rows, long cols,
+            long n) {
     for (long first = 0; first < n; first += VECTORS) {
         long many = n - first < VECTORS ? n - first : VECTORS;
-        pack(x + first * cols, packed, cols, many);
-        for (long i = 0; i < count; i++)
+        struct team team = gather();
+#pragma omp parallel num_threads(team.threads)
+        {
+            pack(x + first * cols, packed, cols, many);
+            arrive(&team);
+        }
+        dismiss(&team);
+        team = gather();
+#pragma omp parallel num_threads(team.threads)
+        {
 #pragma omp for schedule(dynamic) nowait
-            for (long top = 0; top < rows[i]; top += ROWS)
-                multiply(w[i] + top * cols, scales[i] ? scales[i] + top * cols / GROUP : NULL, packed,
-                         y[i] + first * rows[i] + top, rows[i] - top < ROWS ? rows[i] - top : ROWS, rows[i], cols, many);
-#pragma omp barrier
+            for (long top = 0; top < rows; top += ROWS)
+                multiply(w + top * cols, scales ? scales + top * cols / GROUP : NULL, packed, y + first * rows + top,
+                         rows - top < ROWS ? rows - top : ROWS, rows, cols, many);
+            arrive(&team);
+        }
+        dismiss(&team);
     }
 }

@@ -1,16 +1,18 @@
-/* y = W x for a few vectors x at once: the product that decoding consists of.
+/* y = W x for a few vectors x: the product that decoding consists of. `matvec_plain` says what it computes.
  *
- * With one vector its time is that of reading W from memory: every core reads its share of the rows in order,
- * and asks for what comes 6 kB later. It asks for that into the second cache, for some processors (AMD's Zen 4)
- * read at half the speed when asked for it into the first. In registers weights become float32, or bfloat16 where x is
- * such and processors multiply it; sums are float32. Numbers are added group by group in the order of columns,
- * whatever the blocks, so that a vector gives the same bits alone and among others, on any number of threads.
+ * With one vector the time is that of reading W from memory: each core reads its share of the rows in order and
+ * prefetches what comes 6 kB later. It prefetches into the second-level cache, because AMD's Zen 4 reads at half
+ * the speed when asked for the first level. Weights become float32 in registers, or bfloat16 where x is bfloat16
+ * and the processor multiplies such numbers; sums are float32. Products are added group by group in the order of
+ * the columns, whatever the blocks are, so a vector gives the same bits alone, among others, and on any number of
+ * threads.
  *
- * Compiled once for each dtype of W and each of x and y, with -DX_FLOAT32 or -DX_BFLOAT16; see native.py.
+ * Compiled once for each dtype of W and each dtype of x and y; see build.py.
  */
 
-#pragma GCC optimize("schedule-insns") /* or GCC 12 loads numbers anew wherever they are used, registers or not */
+#pragma GCC optimize("schedule-insns") /* without it GCC 12 loads a value again at every use, registers or not */
 
+#include "team.h"
 #include "weights.h"
 
 /* How many vectors' sums the registers hold, for each of TALL rows. */
@@ -21,11 +23,22 @@
 #endif
 
 enum {
-    TALL = 2,      /* rows that share what is loaded of several vectors */
-    BLOCK = 1024,  /* columns of several vectors at a time: that much of VECTORS stays in the first cache */
-    TOGETHER = 16, /* rows that meet them before the next columns come */
-    AHEAD = 6144,  /* bytes between what is used and what is asked for */
+    TALL = 2,      /* rows that share each load of the vectors */
+    BLOCK = 1024,  /* columns of several vectors at a time: VECTORS of them stay in the first-level cache */
+    TOGETHER = 16, /* rows that use a block of columns before the next block is loaded */
+    AHEAD = 6144,  /* bytes between what is used and what is prefetched */
 };
+
+/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows). */
+void matvec_plain(const stored *w, const uint16_t *scales, const value *x, value *y, long rows, long cols, long n) {
+    for (long k = 0; k < n; k++)
+        for (long r = 0; r < rows; r++) {
+            float sum = 0;
+            for (long c = 0; c < cols; c++)
+                sum += widen(w[r * cols + c]) * scale_of(scales, r * cols + c) * wide(x[k * cols + c]);
+            y[k * rows + r] = narrow(sum);
+        }
+}
 
 typedef float four __attribute__((vector_size(16)));
 
@@ -36,9 +49,9 @@ INLINE float total(floats sum) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-/* Add to the sums of `tall` rows and n vectors, constants where this is called, the products of `part` columns.
- * Meanwhile ask for the columns from `from` up to `to` that come `ahead` numbers later. A group is summed up by
- * itself: one scale then serves it, and the next need not wait for it. */
+/* Add the products of `part` columns to the sums of `tall` rows and n vectors (both constants at each call).
+ * Prefetch the columns from `from` up to `to` that come `ahead` numbers later. Each group has a sum of its own:
+ * it needs one scale, and the next group need not wait for it. */
 INLINE void dots(const stored *w, const uint16_t *scales, const value *x, floats (*sums)[VECTORS], long cols, long part,
                  int tall, int n, long ahead, long from, long to) {
     floats sum[TALL][VECTORS];
@@ -65,7 +78,7 @@ INLINE void dots(const stored *w, const uint16_t *scales, const value *x, floats
         UNROLL for (int k = 0; k < n; k++) sums[r][k] = sum[r][k];
 }
 
-/* As above, for up to VECTORS vectors: a constant in each call, to unroll loops by. */
+/* `dots` with n as a constant, so that the compiler unrolls its loops. */
 INLINE void some_dots(const stored *w, const uint16_t *scales, const value *x, floats (*sums)[VECTORS], long cols,
                       long part, int tall, long n, long ahead, long from, long to) {
     switch (n) {
@@ -78,31 +91,37 @@ INLINE void some_dots(const stored *w, const uint16_t *scales, const value *x, f
     }
 }
 
-/* w: (rows, cols). scales: bfloat16, (rows, cols / GROUP), for int8 alone. x: (n, cols). y: (n, rows). */
+/* The same as `matvec_plain`. */
 void matvec(const stored *w, const uint16_t *scales, const value *x, value *y, long rows, long cols, long n) {
-    long together = 1, block = cols, ahead = AHEAD / sizeof(stored); /* a single vector reads each row to its end */
+    long together = 1, block = cols, ahead = AHEAD / sizeof(stored); /* one vector: read each row to its end */
     if (n > 1) together = TOGETHER, block = BLOCK, ahead = TOGETHER * cols;
-#pragma omp parallel for schedule(static)
-    for (long top = 0; top < rows; top += together) {
-        long high = rows - top < together ? rows - top : together;
-        for (long k = 0; k < n; k += VECTORS) {
-            long few = n - k < VECTORS ? n - k : VECTORS;
-            floats sums[TOGETHER][VECTORS];
-            memset(sums, 0, high * sizeof *sums);
-            for (long c = 0; c < cols; c += block) {
-                long part = cols - c < block ? cols - c : block;
-                long from = part * k / n, to = part * (k + few) / n; /* each its share */
-                for (long r = 0; r < high; r += TALL) {
-                    long at = (top + r) * cols + c;
-                    const uint16_t *s = scales ? scales + at / GROUP : scales;
-                    if (high - r < TALL)
-                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, 1, few, ahead, from, to);
-                    else
-                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, TALL, few, ahead, from, to);
+    struct team team = gather();
+#pragma omp parallel num_threads(team.threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (long top = 0; top < rows; top += together) {
+            long high = rows - top < together ? rows - top : together;
+            for (long k = 0; k < n; k += VECTORS) {
+                long few = n - k < VECTORS ? n - k : VECTORS;
+                floats sums[TOGETHER][VECTORS];
+                memset(sums, 0, high * sizeof *sums);
+                for (long c = 0; c < cols; c += block) {
+                    long part = cols - c < block ? cols - c : block;
+                    long from = part * k / n, to = part * (k + few) / n; /* these vectors' share of the prefetching */
+                    for (long r = 0; r < high; r += TALL) {
+                        long at = (top + r) * cols + c;
+                        const uint16_t *s = scales ? scales + at / GROUP : scales;
+                        if (high - r < TALL)
+                            some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, 1, few, ahead, from, to);
+                        else
+                            some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, TALL, few, ahead, from, to);
+                    }
                 }
+                for (long i = 0; i < few; i++)
+                    for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = narrow(total(sums[r][i]));
             }
-            for (long i = 0; i < few; i++)
-                for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = narrow(total(sums[r][i]));
         }
+        arrive(&team);
     }
+    dismiss(&team);
 }

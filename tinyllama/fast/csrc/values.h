@@ -62,9 +62,9 @@ INLINE floats words(const value *x) {
 #endif
 }
 
-/* y[r][t] += the sum of w[r][k] * x[k][t] over k < depth, for TILE rows r and PANEL columns t of words w and x.
- * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, memory is asked
- * for a line from there on every so many k: one at a time, or what is asked for gets in the way of x. */
+/* y[r][t] += the sum over k < depth of w[r][k] * x[k][t], for TILE rows r and PANEL columns t, in words.
+ * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, one cache line
+ * from there on is prefetched each `every` steps: more at a time would evict x. */
 INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth,
                         const char *next, long every) {
     floats sums[TILE][ACROSS] = {0};

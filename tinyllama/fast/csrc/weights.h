@@ -1,8 +1,8 @@
-/* Weights as they are kept, and how they become floats: one of -DFLOAT32, -DBFLOAT16, -DFLOAT16 and -DINT8. */
+/* How weights are stored, and how they become floats: one of -DFLOAT32, -DBFLOAT16, -DFLOAT16 and -DINT8. */
 
 #include "values.h"
 
-enum { GROUP = 64 }; /* columns of a row that share a scale in 8 bits; the number of columns is a multiple */
+/* GROUP columns of a row share a scale in 8 bits; -DGROUP=... comes from build.py. */
 
 #if defined(FLOAT32)
 typedef float stored;
@@ -44,7 +44,22 @@ INLINE floats widened(const stored *p) {
 }
 #endif
 
-/* What the weights of the group at a column are multiplied with; a row's scales are bfloat16. */
+INLINE float widen(stored w) { /* one weight */
+#if defined(BFLOAT16)
+    uint32_t bits = (uint32_t)w << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+#elif defined(FLOAT16)
+    _Float16 v;
+    memcpy(&v, &w, sizeof v);
+    return v;
+#else
+    return w;
+#endif
+}
+
+/* The scale of the weight at an index into W; 1 but for int8. */
 INLINE float scale_of(const uint16_t *scales, long column) {
 #ifdef INT8
     uint32_t bits = (uint32_t)scales[column / GROUP] << 16;

@@ -1,16 +1,59 @@
-"""Two kernels in one layer: some heads by the one, the rest by the other."""
+"""Kernels by name, by layer and by head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tinyllama.attention import AttentionContext, Kernel, kernel_name
+from tinyllama.attention import Attention, AttentionContext, Kernel, eager, kernel_name, sdpa
+from tinyllama.errors import InputError
 
 Tapped = Callable[[Tensor], Tensor]
+KERNELS: dict[str, Kernel] = {"eager": eager, "sdpa": sdpa}
+
+
+def kernel(name: str) -> Kernel:
+    """The built-in kernel of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in KERNELS:
+        raise InputError(f"attention: expected one of {', '.join(KERNELS)}, got {name!r}")
+    return KERNELS[name]
+
+
+def set_attention(
+    attentions: Mapping[int, Attention],
+    kernel: Kernel,
+    layers: Iterable[int] | None,
+    heads: Iterable[int] | None,
+    num_heads: int,
+) -> None:
+    """Let layers and query heads (None: all) attend by `kernel`; the arguments are checked before any changes.
+
+    Raises:
+        InputError: there is no such layer or head.
+    """
+    chosen = _within(layers, "layers", attentions)
+    some = None if heads is None else _within(heads, "heads", range(num_heads))
+    if some == []:
+        return
+    for layer in chosen:
+        attention = attentions[layer]
+        attention.kernel = kernel if some is None else ByHead(kernel, some, attention.kernel)
+
+
+def _within(numbers: Iterable[int] | None, what: str, known: Collection[int]) -> list[int]:
+    """The numbers, or all that are known."""
+    chosen = list(known if numbers is None else numbers)
+    wrong = [number for number in chosen if number not in known]
+    if wrong:
+        raise InputError(f"{what}: expected 0 to {max(known)}, got {wrong[0]}")
+    return chosen
 
 
 class ByHead(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import KERNELS
 from tinyllama.fast.graph import CompiledStep
 from tinyllama.generation import generate, stream
+from tinyllama.kernels import KERNELS
 
 
 @pytest.mark.parametrize("attention", sorted(KERNELS))
@@ -42,12 +42,14 @@ def test_compiled_steps_equal_eager_ones():
     torch._dynamo.reset()
     model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(2, 6)
     compiled_cache, cache = model.new_cache(2, 8), model.new_cache(2, 8)
-    step = CompiledStep(model, compiled_cache)
+    step = CompiledStep(model)
     with torch.inference_mode():
         for t in range(6):
             positions = torch.tensor([[t], [t - 2]]).clamp(min=-1)
             expected = model(ids[:, t : t + 1], cache, positions)
-            torch.testing.assert_close(step(ids[:, t : t + 1], positions), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                step(ids[:, t : t + 1], compiled_cache, positions), expected, atol=1e-5, rtol=0
+            )
 
 
 def test_generation_by_compiled_steps_gives_the_same_ids(monkeypatch):
@@ -57,10 +59,13 @@ def test_generation_by_compiled_steps_gives_the_same_ids(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda step, **how: compile(step, fullgraph=how["fullgraph"], backend="eager")
     )
-    model, prompts = tiny_model(attention="sdpa"), [[5, 7, 11], [3], [2, 9, 4, 1, 8]]
+    model, graph, prompts = (
+        tiny_model(attention="sdpa"),
+        tiny_model(attention="sdpa"),
+        [[5, 7, 11], [3], [2, 9, 4, 1, 8]],
+    )
+    graph.step = CompiledStep(graph)
     for settings in ({}, {"temperature": 1.0, "seed": 3}):
         settings |= {"max_new_tokens": 12, "eos_ids": ()}
-        assert generate(model, prompts, compiled=True, **settings) == generate(model, prompts, **settings)
-        assert list(stream(model, prompts[0], compiled=True, **settings)) == list(
-            stream(model, prompts[0], **settings)
-        )
+        assert generate(graph, prompts, **settings) == generate(model, prompts, **settings)
+        assert list(stream(graph, prompts[0], **settings)) == list(stream(model, prompts[0], **settings))
