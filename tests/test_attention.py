@@ -68,7 +68,7 @@ def context_of_one(t, start):
     """A query at position t that sees the keys from `start` on, all of them."""
     keys = torch.arange(start, t + 1).expand(B, -1)
     mask = AttentionMask(
-        torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False, True, ROTARY
+        torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False, ROTARY
     )
     return AttentionContext(mask, D**-0.5, 0, lambda x: x, lambda x: x)
 

@@ -113,11 +113,12 @@ def test_a_cache_that_holds_the_start_needs_only_the_rest():
     expected = generate(model, [prompt], max_new_tokens=10, eos_ids=())[0]
     cache = model.new_cache(1, 256)
     prefill(model, [[*prompt[:11], 5, 6, 7]], cache)
+    cache.length = 11
     seen = []
     hook = model.embed_tokens.register_forward_hook(
         lambda module, args, output: seen.append(args[0].shape[1])
     )
-    got = list(stream(model, prompt, max_new_tokens=10, eos_ids=(), cache=cache, cached=11))
+    got = list(stream(model, prompt, max_new_tokens=10, eos_ids=(), cache=cache))
     hook.remove()
     assert got == expected
     assert seen[0] == len(prompt) - 11
@@ -132,8 +133,10 @@ def test_a_cache_without_room_is_refused_not_overrun():
     model = tiny_model()
     with pytest.raises(InputError, match="cache: expected room for 17 tokens, got 16"):
         stream(model, PROMPTS[0], max_new_tokens=10, cache=model.new_cache(1, 16))
-    with pytest.raises(InputError, match="cached: expected 0 to 6"):
-        stream(model, PROMPTS[0], max_new_tokens=10, cache=model.new_cache(1, 17), cached=7)
+    full = model.new_cache(1, 17)
+    full.length = 7
+    with pytest.raises(InputError, match="cache.length: expected less than .* 7 ids, got 7"):
+        stream(model, PROMPTS[0], max_new_tokens=10, cache=full)
 
 
 def test_eos_ends_a_row_and_is_part_of_it():

@@ -40,14 +40,32 @@ def assert_within_2_eps(model, ids, logits, expected):
 @pytest.mark.parametrize("sizes", [[1] * T, [5, 1, 17, 25], [T - 1, 1], [16, 16, 16]])
 def test_cached_in_chunks_equals_uncached(attention, sizes):
     model, ids = tiny_model(attention=attention), some_ids(1, T)
-    cache = model.new_cache(1, T)
-    pieces, start = [], 0
-    for size in sizes:
-        end = start + size
-        positions = torch.arange(start, end)[None]
-        pieces.append(model(ids[:, start:end], cache.upto(end), positions))
+    cache, placed, start = model.new_cache(1, T), model.new_cache(1, T), 0
+    pieces, by_position = [], []
+    for piece in ids.split(sizes, dim=1):
+        end = start + piece.shape[1]
+        pieces.append(model(piece, cache))
+        by_position.append(model(piece, placed.first(end), torch.arange(start, end)[None]))
         start = end
-    assert_within_2_eps(model, ids[0], torch.cat(pieces, dim=1)[0], model(ids)[0])
+    for logits in (pieces, by_position):
+        assert_within_2_eps(model, ids[0], torch.cat(logits, dim=1)[0], model(ids)[0])
+
+
+def test_a_cache_continues_or_is_refused_but_never_overwritten_in_silence():
+    model, ids = tiny_model(), some_ids(1, T)
+    cache = model.new_cache(1, T)
+    model(ids[:, :20], cache)
+    assert cache.length == 20
+    with pytest.raises(InputError, match=f"cache: 20 of {T} slots are taken, so {T} new tokens do not fit"):
+        model(ids, cache)
+    assert cache.length == 20
+    assert_within_2_eps(model, ids[0], model(ids[:, 20:], cache)[0], model(ids)[0, 20:])
+    for placed in (model.new_cache(1, T), model.new_cache(1, T).first(T)):
+        model(ids[:, :20], placed, torch.arange(20)[None])  # how long the row is, only the caller knows
+        with pytest.raises(InputError, match="cache"):
+            model(ids[:, 20:], placed)
+        placed.length = 20
+        assert_within_2_eps(model, ids[0], model(ids[:, 20:], placed)[0], model(ids)[0, 20:])
 
 
 @kernels
@@ -99,9 +117,10 @@ def test_what_lies_in_unused_slots_never_leaks(attention):
     clean, dirty = model.new_cache(1, 2 * T), model.new_cache(1, 2 * T)
     dirty.keys.fill_(float("nan"))
     dirty.values.fill_(float("nan"))
-    assert torch.equal(model(ids, clean.upto(T)), model(ids, dirty.upto(T)))
+    assert torch.equal(model(ids, clean), model(ids, dirty))
     step, position = some_ids(1, 1, seed=1), torch.tensor([[T]])
-    assert torch.equal(model(step, clean.upto(T + 1), position), model(step, dirty.upto(T + 1), position))
+    assert torch.equal(model(step, clean), model(step, dirty))
+    assert torch.equal(model(step, clean.first(T + 1), position), model(step, dirty.first(T + 1), position))
 
 
 @kernels
@@ -109,6 +128,7 @@ def test_a_cache_used_before_equals_a_fresh_one(attention):
     model, ids = tiny_model(attention=attention), some_ids(1, T)
     used = model.new_cache(1, T)
     model(some_ids(1, T, seed=5), used)
+    used.length = 0
     assert torch.equal(model(ids, used), model(ids, model.new_cache(1, T)))
     # Going back: another second half, and then the first one's own again.
     half, expected = torch.arange(T // 2, T)[None], model(ids)
@@ -124,10 +144,10 @@ def test_interleaved_texts_do_not_disturb_each_other():
     steps = [[], []]
     for t in range(12):
         for text, cache, logits in zip(texts, caches, steps, strict=True):
-            logits.append(model(text[:, t : t + 1], cache.upto(t + 1), torch.tensor([[t]])))
+            logits.append(model(text[:, t : t + 1], cache))
     for text, logits in zip(texts, steps, strict=True):
         alone = model.new_cache(1, 12)
-        expected = [model(text[:, t : t + 1], alone.upto(t + 1), torch.tensor([[t]])) for t in range(12)]
+        expected = [model(text[:, t : t + 1], alone) for t in range(12)]
         assert torch.equal(torch.cat(logits), torch.cat(expected))
 
 

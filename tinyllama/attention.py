@@ -25,8 +25,8 @@ class AttentionMask:
     """Where queries and keys stand, and which keys each query may look at; the same for all layers of a pass.
 
     Attributes:
-        allowed: (B or 1, 1, T, S), True where the query may look at the key.
-        query_positions: (B or 1, T); -1 for padding.
+        allowed: (B, 1, T, S), True where the query may look at the key.
+        query_positions: (B, T); -1 for padding.
         key_positions: (B or 1, S).
         causal: the T queries are the last T of the S keys in every row, and each sees all up to itself. Then
             `allowed` says nothing new, and a kernel may leave it out.
@@ -175,7 +175,7 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, C).
-            rotation: cos and sin, each (B or 1, 1, T, D).
+            rotation: cos and sin, each (B, 1, T, D).
             mask: which keys each query may look at.
             cache: where to keep this layer's keys and values; None attends to the T tokens alone.
 

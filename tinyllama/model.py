@@ -111,7 +111,7 @@ class Llama(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.extend(T)
             keys = torch.arange(start + T, device=ids.device)[None]  # (1, S)
-            positions = keys[:, start:]  # (1, T)
+            positions = keys[:, start:].expand_as(ids)  # (B, T)
         elif cache is None:
             keys = positions
         else:
