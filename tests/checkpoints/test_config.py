@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from tests.shapes import LLAMA3_SCALING, TINY
-from tinyllama.checkpoints.files import MAX_JSON_BYTES, read_json
+from tinyllama.checkpoints.files import MAX_TEXT_BYTES, read_json
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.errors import InputError
 
@@ -411,7 +411,7 @@ def test_json_that_is_not_utf8(tmp_path: Path):
 
 def test_json_that_is_huge(tmp_path: Path):
     with (tmp_path / "config.json").open("wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
+        file.truncate(MAX_TEXT_BYTES + 1)
     with pytest.raises(InputError, match="expected at most"):
         LlamaConfig.from_folder(tmp_path)
 
@@ -445,6 +445,6 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied")
 
     folder_with(tmp_path, config=TINY)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"config\.json: cannot be read \(Permission denied\)"):
         read_json(tmp_path / "config.json")

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tinyllama.checkpoints.embedded import LAYER_TENSORS
-from tinyllama.checkpoints.load import find_tensors
+from tinyllama.checkpoints.headers import find_tensors
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 

@@ -22,22 +22,23 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run a
 
 AGAIN = "download the checkpoint again"
 
-# Of a checkpoint's JSON files the tokenizer's is the largest: Llama 3's has 9 MB.
-MAX_JSON_BYTES = 64 << 20
+# The largest text file of a checkpoint is the tokenizer's: Llama 3's has 9 MB.
+MAX_TEXT_BYTES = 64 << 20
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file.
+def first_bytes(path: Path, count: int) -> bytes:
+    """The content of a regular file, up to `count` bytes of it.
 
     Raises:
-        InputError: it is absent, unreadable, empty, no regular file, or a Git LFS pointer to the real one.
+        InputError: it is absent, unreadable, empty, no regular file, or a Git-LFS pointer to the real one.
     """
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; a checkpoint folder needs it, {AGAIN}")
     if not os.path.isfile(path):  # before opening: a FIFO would block
         raise InputError(f"{path}: expected a regular file, found something else; {AGAIN}")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
     if data.startswith(b"version https://git-lfs"):
@@ -47,25 +48,33 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def read_bytes(path: Path, at_most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most that many bytes; raises InputError as `first_bytes` does."""
+    data = first_bytes(path, at_most + 1)
+    if len(data) > at_most:
+        raise InputError(f"{path}: expected at most {at_most} bytes, got {path.stat().st_size}; {AGAIN}")
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: as `read_bytes`, or the file does not hold a JSON object.
+        InputError: the file cannot be read, or does not hold a JSON object.
     """
-    if os.path.isfile(path) and path.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(
-            f"{path}: expected at most {MAX_JSON_BYTES} bytes, got {path.stat().st_size}; {AGAIN}"
-        )
+    data = read_bytes(path)
     try:
-        values = json.loads(read_bytes(path))
-    except InputError:
-        raise
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}; {AGAIN}")
     return values
+
+
+def one_line(error: Exception) -> str:
+    """The error's first line, shortened, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextmanager

@@ -1,12 +1,11 @@
-"""Official safetensors checkpoints -> a loaded model: strictly, with one copy of the weights in memory.
+"""A model's name -> the model and its tokenizer, with one copy of the weights in memory.
 
 Everything is checked before memory is taken: paths, headers, names, shapes, dtypes, free memory.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinyllama.attention import kernel
-from tinyllama.checkpoints.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
-from tinyllama.checkpoints.tensor_file import StoredTensor, read_header
+from tinyllama.checkpoints.files import AGAIN, one_line
+from tinyllama.checkpoints.headers import StoredTensor, find_tensors
+from tinyllama.checkpoints.hub import resolve
 from tinyllama.cli.terminal import byte_progress
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
@@ -27,13 +27,41 @@ from tinyllama.fast.fused import fuse
 from tinyllama.fast.split_linear import Linear
 from tinyllama.fast.storage import Storage
 from tinyllama.model import Llama
-
-SHARD = re.compile(r"[\w.-]+\.safetensors")
-
-# Some exporters store RoPE's table, which follows from the config.
-HARMLESS_SUFFIX = "rotary_emb.inv_freq"
+from tinyllama.text.tokenizer import Tokenizer
 
 HEAD = "lm_head.weight"
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    attention: str = "sdpa",
+    weights: str = "exact",
+) -> tuple[Llama, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a name on the Hub, a folder, "smollm2" (the embedded model), or None for TinyLlama-1.1B-Chat.
+        device: see `load_model`.
+        dtype: see `load_model`.
+        attention: see `load_model`.
+        weights: see `load_model`.
+
+    Raises:
+        InputError: the model cannot be found or used; the message says why and what to do.
+    """
+    folder = resolve(name)
+    tokenizer = Tokenizer.from_folder(folder)
+    vocab_size = LlamaConfig.from_folder(folder).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
+            "put the model's own tokenizer there"
+        )
+    model = load_model(folder, device=device, dtype=dtype, attention=attention, weights=weights)
+    return model, tokenizer
 
 
 def load_model(
@@ -66,14 +94,11 @@ def load_model(
     chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
     config = LlamaConfig.from_folder(folder)
     stored = find_tensors(folder)
-    _check_layers(config, stored, folder)
+    model = _skeleton(config, stored, folder)
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
     check_memory("the model", int(sum(config.parameters.values()) * storage.itemsize(widest)), device)
-    with torch.device("meta"), _Unfilled():
-        model = Llama(config)
-    _check_tensors(model, stored, folder)
 
-    with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
+    with byte_progress(f"loading {folder.name}", sum(t.nbytes for t in stored.values())) as advance:
         state = {}
         matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
         if config.tie_word_embeddings:
@@ -82,7 +107,7 @@ def load_model(
             state[name] = values
             if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
-            advance(stored[name].end - stored[name].start)
+            advance(stored[name].nbytes)
     if config.tie_word_embeddings:
         head = state.setdefault(HEAD, state["embed_tokens.weight"])
         if not torch.equal(head, state["embed_tokens.weight"]):
@@ -119,92 +144,24 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder under the name it has in the model, from the headers alone.
+def _skeleton(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path) -> Llama:
+    """The config's model without weights, if its tensors are exactly the stored ones."""
+    # At most one layer more than the weights have is made: a config may claim a billion.
+    found = {name.split(".")[1] for name in stored if name.startswith("layers.")}
+    layers = min(config.num_hidden_layers, len(found) + 1)
+    with torch.device("meta"), _Unfilled():
+        model = Llama(dataclasses.replace(config, num_hidden_layers=layers))
 
-    Raises:
-        InputError: a file is missing, unsafe or malformed, or index and shards disagree.
-    """
-    # Links that lead nowhere count as present: then the message is about them.
-    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
-    if single and index:
-        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if single:
-        found = read_header(_safe_file(folder, SINGLE))
-    elif index:
-        found = _sharded(folder)
-    else:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-        what = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "neither"
-        raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, found {what}; {AGAIN}")
-
-    stored: dict[str, StoredTensor] = {}
-    for key, tensor in found.items():
-        name = key.removeprefix("model.")
-        if name in stored:
-            raise InputError(f"{tensor.path}: {key!r} and {stored[name].key!r} are the same tensor; {AGAIN}")
-        if not key.endswith(HARMLESS_SUFFIX):
-            stored[name] = tensor
-    return stored
-
-
-def _sharded(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards, each where the index says."""
-    index = _safe_file(folder, INDEX)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f"{index}: expected an object `weight_map` from tensor to file; {AGAIN}")
-    shards = sorted(set(weight_map.values()))
-    unsafe = [shard for shard in shards if not SHARD.fullmatch(shard)]
-    if unsafe:
-        raise InputError(f"{index}: expected plain names of .safetensors files, got {unsafe[0]!r}; {AGAIN}")
-    absent = [shard for shard in shards if not os.path.lexists(folder / shard)]
-    if absent:
-        raise InputError(f"{folder}: missing {', '.join(absent)}, which {INDEX} lists; {AGAIN}")
-
-    found: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for key, tensor in read_header(_safe_file(folder, shard)).items():
-            if key in found:
-                raise InputError(f"{folder}: {key!r} is in both {found[key].path.name} and {shard}; {AGAIN}")
-            found[key] = tensor
-    for key in sorted(weight_map.keys() | found.keys()):
-        listed, lies = weight_map.get(key, "no file"), found[key].path.name if key in found else "none"
-        if listed != lies:
-            raise InputError(f"{index}: {key!r} is listed in {listed}, but lies in {lies}; {AGAIN}")
-    return found
-
-
-def _safe_file(folder: Path, name: str) -> Path:
-    """The file of that name in the folder, unless it is a link that leaves it."""
-    path, home = folder / name, Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots":  # the Hub's cache links snapshots/<commit>/<name> to blobs/<hash>
-        allowed.append(home.parent.parent / "blobs")
-    real = Path(os.path.realpath(path))
-    if real.parent not in allowed:
-        raise InputError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
-    return path
-
-
-def _check_layers(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path) -> None:
-    # Before the model is made, which for a billion layers would never end.
-    layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
-    if len(layers) != config.num_hidden_layers:
-        raise InputError(
-            f"{folder}: config.json has {config.num_hidden_layers} layers, the weights {len(layers)}; {AGAIN}"
-        )
-
-
-def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = {HEAD} if model.config.tie_word_embeddings else set()
+    optional = {HEAD} if config.tie_word_embeddings else set()
     missing = sorted(expected.keys() - stored.keys() - optional)
-    extra = sorted(stored.keys() - expected.keys())
+    extra = sorted(stored[name].key for name in stored.keys() - expected.keys())
     if missing or extra:
+        names = [name if name == HEAD else f"model.{name}" for name in missing]
         raise InputError(
-            f"{folder}: the weights do not fit config.json: missing {', '.join(missing) or 'nothing'}; "
-            f"not known {', '.join(map(repr, extra)) or 'nothing'}; {AGAIN}"
+            f"{folder}: the weights do not fit config.json, which has {config.num_hidden_layers} layers: "
+            f"missing {', '.join(names) or 'nothing'}; not known {', '.join(map(repr, extra)) or 'nothing'}; "
+            f"{AGAIN}"
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
@@ -212,6 +169,7 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
                 f"{tensor.path}: {tensor.key} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(expected[name])}; {AGAIN}"
             )
+    return model
 
 
 def _read(
@@ -228,8 +186,9 @@ def _read(
                 files = {tensor.path: safe_open(tensor.path, framework="pt")}
             values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{tensor.path}: {tensor.key} cannot be loaded ({reason}); {AGAIN}") from error
+            raise InputError(
+                f"{tensor.path}: {tensor.key} cannot be loaded ({one_line(error)}); {AGAIN}"
+            ) from error
         low, high = values.aminmax()  # one pass; NaN wins both
         if not (low.isfinite() and high.isfinite()):
             raise InputError(
