@@ -70,6 +70,7 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
     """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
     from tinyllama import LlamaConfig
     from tinyllama.checkpoints import hub
+    from tinyllama.checkpoints.config_file import config_from_dict, read_config
     from tinyllama.checkpoints.files import read_json
 
     if name in (None, hub.DEFAULT_MODEL):
@@ -77,12 +78,12 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
         if folder is None:
             return "TinyLlama-1.1B (built-in config)", LlamaConfig()
     elif Path(name).expanduser().is_file():
-        return name, LlamaConfig.from_dict(read_json(Path(name).expanduser()), where=name)
+        return name, config_from_dict(read_json(Path(name).expanduser()), where=name)
     elif not Path(name).expanduser().is_dir() and hub.is_repository(name) and not hub.on_disk(name):
-        return name, LlamaConfig.from_dict(read_json(download_config(name)), where=name)
+        return name, config_from_dict(read_json(download_config(name)), where=name)
     else:
         folder = hub.resolve(name)
-    return str(folder), LlamaConfig.from_folder(folder)
+    return str(folder), read_config(folder)
 
 
 def download_config(repo_id: str) -> Path:

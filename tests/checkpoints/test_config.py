@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from tests.shapes import LLAMA3_SCALING, TINY
+from tinyllama.checkpoints.config_file import config_from_dict, read_config
 from tinyllama.checkpoints.files import MAX_TEXT_BYTES, read_json
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.errors import InputError
@@ -141,7 +142,7 @@ def folder_with(tmp_path: Path, **files: Any) -> Path:
 def refusal(values: dict[str, Any]) -> str:
     """The message that such a config is refused with; one line."""
     with pytest.raises(InputError) as caught:
-        LlamaConfig.from_dict(values, where="here/config.json")
+        config_from_dict(values, where="here/config.json")
     message = str(caught.value)
     assert message.startswith("here/config.json: ")
     assert "\n" not in message
@@ -149,18 +150,18 @@ def refusal(values: dict[str, Any]) -> str:
 
 
 def test_tinyllama_is_the_default():
-    assert LlamaConfig.from_dict(TINYLLAMA_CHAT) == LlamaConfig()
+    assert config_from_dict(TINYLLAMA_CHAT) == LlamaConfig()
     assert sum(LlamaConfig().parameters.values()) == 1_100_048_384
 
 
 def test_llama_2_has_a_key_head_for_every_query_head_and_the_default_theta():
-    config = LlamaConfig.from_dict(LLAMA_2_7B)
+    config = config_from_dict(LLAMA_2_7B)
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (32, 128, 10000.0)
     assert sum(config.parameters.values()) == 6_738_415_616
 
 
 def test_llama_31_has_scaled_rope_and_several_ends():
-    config = LlamaConfig.from_dict(LLAMA_31_8B)
+    config = config_from_dict(LLAMA_31_8B)
     assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     assert config.rope_theta == 500000.0
     assert config.eos_ids == {128001, 128008, 128009}
@@ -168,7 +169,7 @@ def test_llama_31_has_scaled_rope_and_several_ends():
 
 
 def test_smollm2_ties_its_head():
-    config = LlamaConfig.from_dict(SMOLLM2_135M)
+    config = config_from_dict(SMOLLM2_135M)
     assert config.tie_word_embeddings
     assert (config.head_dim, config.rope_theta) == (64, 100000)
     assert sum(config.parameters.values()) == 134_515_008
@@ -180,27 +181,27 @@ def test_both_spellings_of_rope_mean_the_same(scaling: dict[str, Any] | None):
     older = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"rope_type": kind, **scaling}}
     oldest = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"type": kind, **scaling}}
     newer = {**TINY, "rope_parameters": {"rope_theta": 5e5, "rope_type": kind, **(scaling or {})}}
-    config = LlamaConfig.from_dict(newer)
-    assert LlamaConfig.from_dict(older) == LlamaConfig.from_dict(oldest) == config
+    config = config_from_dict(newer)
+    assert config_from_dict(older) == config_from_dict(oldest) == config
     assert config.rope_theta == 5e5
     assert config.rope_scaling == (RopeScaling(**scaling) if scaling else None)
-    assert LlamaConfig.from_dict({**newer, "rope_theta": 5e5}) == config
+    assert config_from_dict({**newer, "rope_theta": 5e5}) == config
 
 
 @pytest.mark.parametrize("scaling", [None, SCALING])
 def test_what_transformers_writes_is_read(tmp_path: Path, scaling: dict[str, Any] | None):
     rope = {"rope_theta": 2e4, "rope_type": "llama3" if scaling else "default", **(scaling or {})}
     theirs = transformers.LlamaConfig(**TINY, head_dim=16, rope_parameters=rope, dtype="bfloat16")
-    ours = LlamaConfig.from_dict(json.loads(json.dumps(theirs.to_dict())))
+    ours = config_from_dict(json.loads(json.dumps(theirs.to_dict())))
     theirs.save_pretrained(tmp_path)
-    assert LlamaConfig.from_folder(tmp_path) == ours
+    assert read_config(tmp_path) == ours
     assert (ours.head_dim, ours.rope_theta, ours.rms_norm_eps) == (16, 2e4, 1e-5)
     assert ours.rope_scaling == (RopeScaling(**scaling) if scaling else None)
 
 
 def test_absent_fields_take_the_defaults_of_transformers():
     bare = {name: value for name, value in TINY.items() if not name.startswith(("max_", "rms_", "num_key"))}
-    ours, theirs = LlamaConfig.from_dict(bare), transformers.LlamaConfig(**bare)
+    ours, theirs = config_from_dict(bare), transformers.LlamaConfig(**bare)
     for name in (
         "num_key_value_heads",
         "head_dim",
@@ -222,29 +223,29 @@ def test_ends_come_from_the_generation_config(tmp_path: Path, generation: Any, e
     folder = folder_with(tmp_path, config={**TINY, "eos_token_id": 7})
     if generation is not None:
         folder_with(folder, generation_config=generation)
-    assert LlamaConfig.from_folder(folder).eos_ids == expected
+    assert read_config(folder).eos_ids == expected
 
 
 def test_a_generation_config_without_ends_leaves_the_default(tmp_path: Path):
     folder = folder_with(tmp_path, config=TINY, generation_config={"do_sample": True})
-    assert LlamaConfig.from_folder(folder).eos_ids == {2}
+    assert read_config(folder).eos_ids == {2}
 
 
 def test_a_wrong_end_is_blamed_on_the_file_it_is_in(tmp_path: Path):
     folder = folder_with(tmp_path, config=TINY, generation_config={"eos_token_id": "</s>"})
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: .*'</s>'"):
-        LlamaConfig.from_folder(folder)
+        read_config(folder)
 
 
 @pytest.mark.parametrize("end", [[], None])
 def test_no_end(end: Any):
-    assert LlamaConfig.from_dict({**TINY, "eos_token_id": end}).eos_ids == frozenset()
+    assert config_from_dict({**TINY, "eos_token_id": end}).eos_ids == frozenset()
 
 
 def test_code_keys_are_ignored(tmp_path: Path):
     # The module would fail to import, were it looked for.
     code = {"auto_map": {"AutoModelForCausalLM": "evil--evil.Model"}, "custom_pipelines": {"x": "y"}}
-    assert LlamaConfig.from_dict({**TINY, **code}) == LlamaConfig.from_dict(TINY)
+    assert config_from_dict({**TINY, **code}) == config_from_dict(TINY)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_heads_that_do_not_fit(changes: dict[str, Any], message: str):
 
 
 def test_head_dim_need_not_be_a_share_of_the_hidden_size():
-    assert LlamaConfig.from_dict({**TINY, "hidden_size": 68, "head_dim": 32}).head_dim == 32
+    assert config_from_dict({**TINY, "hidden_size": 68, "head_dim": 32}).head_dim == 32
 
 
 @pytest.mark.parametrize(
@@ -399,45 +400,45 @@ def test_malformed_json(tmp_path: Path, content: str):
     with pytest.raises(
         InputError, match=r"config\.json: (not valid JSON|the file is empty|expected a JSON object)"
     ) as e:
-        LlamaConfig.from_folder(folder_with(tmp_path, config=content))
+        read_config(folder_with(tmp_path, config=content))
     assert "\n" not in str(e.value)
 
 
 def test_json_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
     with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_json_that_is_huge(tmp_path: Path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_TEXT_BYTES + 1)
     with pytest.raises(InputError, match="expected at most"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_no_folder_no_file_no_regular_file(tmp_path: Path):
     absent = tmp_path / "absent"
     with pytest.raises(InputError, match=f"{re.escape(str(absent))}: no such folder"):
-        LlamaConfig.from_folder(absent)
+        read_config(absent)
     with pytest.raises(InputError, match="no such folder"):
-        LlamaConfig.from_folder("with a \0")
+        read_config("with a \0")
     with pytest.raises(InputError, match=r"config\.json: no such file"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match=r"config\.json: expected a regular file"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_fifo_does_not_block(tmp_path: Path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(InputError, match="expected a regular file"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").unlink()
     folder_with(tmp_path, config=TINY)
     os.mkfifo(tmp_path / "generation_config.json")
     with pytest.raises(InputError, match=r"generation_config\.json: expected a regular file"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tests.shapes import TINY, some_ids
 from tinyllama.attention import eager
 from tinyllama.cache import KVCache
-from tinyllama.config import LlamaConfig
+from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.fast import native
 from tinyllama.fast.fused import FUSED, FusedAttention, fuse
 from tinyllama.fast.linear import FastLinear
@@ -251,7 +251,7 @@ def test_nan_is_not_lost(where: str, T: int, dtype: torch.dtype):
 
 
 def fused_model(**changes: object) -> Llama:
-    model = unit_gain_(Llama(LlamaConfig.from_dict({**TINY, "head_dim": 16, **changes}))).eval()
+    model = unit_gain_(Llama(config_from_dict({**TINY, "head_dim": 16, **changes}))).eval()
     fuse(model)
     return model
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinyllama.attention import kernel
+from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.files import AGAIN, one_line
 from tinyllama.checkpoints.headers import StoredTensor, find_tensors
 from tinyllama.checkpoints.hub import resolve
@@ -54,7 +55,7 @@ def load(
     """
     folder = resolve(name)
     tokenizer = Tokenizer.from_folder(folder)
-    vocab_size = LlamaConfig.from_folder(folder).vocab_size
+    vocab_size = read_config(folder).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
@@ -92,7 +93,7 @@ def load_model(
     """
     folder, device, dtype = Path(folder), usable_device(device), floating_dtype(dtype)
     chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
-    config = LlamaConfig.from_folder(folder)
+    config = read_config(folder)
     stored = find_tensors(folder)
     model = _skeleton(config, stored, folder)
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
