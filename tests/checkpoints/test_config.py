@@ -14,128 +14,58 @@ import transformers
 
 from tests.shapes import LLAMA3_SCALING, TINY
 from tinyllama.checkpoints.config_file import config_from_dict, read_config
-from tinyllama.checkpoints.files import MAX_TEXT_BYTES, read_json
+from tinyllama.checkpoints.files import MAX_TEXT_BYTES
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.errors import InputError
 
 # As the repositories on the Hub have them.
-TINYLLAMA_CHAT: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 5632,
-    "max_position_embeddings": 2048,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 22,
-    "num_key_value_heads": 4,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.35.0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-LLAMA_2_7B: dict[str, Any] = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf",
-    "architectures": ["LlamaForCausalLM"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.31.0.dev0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-LLAMA_31_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.3",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-SMOLLM2_135M: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 576,
-    "initializer_range": 0.041666666666666664,
-    "intermediate_size": 1536,
-    "is_llama_config": True,
-    "max_position_embeddings": 8192,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "pad_token_id": 2,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_interleaved": False,
-    "rope_scaling": None,
-    "rope_theta": 100000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
+TINYLLAMA_CHAT = """
+    {"architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp":
+    1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings":
+    false, "torch_dtype": "bfloat16", "transformers_version": "4.35.0", "use_cache": true,
+    "vocab_size": 32000}
+"""
+LLAMA_2_7B = """
+    {"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null,
+    "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
+    "use_cache": true, "vocab_size": 32000}
+"""
+LLAMA_31_8B = """
+    {"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp":
+    1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 128256}
+"""
+SMOLLM2_135M = """
+    {"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+    "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+    "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama",
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null,
+    "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
     "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
-    "transformers_version": "4.42.3",
-    "use_cache": True,
-    "vocab_size": 49152,
-}
+    "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152}
+"""
 SCALING = {name: value for name, value in LLAMA3_SCALING.items() if name != "rope_type"}
 
 
 def folder_with(tmp_path: Path, **files: Any) -> Path:
-    """A folder with `name.json` for each argument: text as it is, anything else as JSON."""
+    """A folder with `name.json` for each argument."""
     for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return tmp_path
 
 
@@ -146,37 +76,72 @@ def refusal(values: dict[str, Any]) -> str:
     message = str(caught.value)
     assert message.startswith("here/config.json: ")
     assert "\n" not in message
+    assert len(message) < 300
     return message
 
 
-def test_tinyllama_is_the_default():
-    assert config_from_dict(TINYLLAMA_CHAT) == LlamaConfig()
-    assert sum(LlamaConfig().parameters.values()) == 1_100_048_384
+# --- what is read ----------------------------------------------------------------------------------------
 
 
-def test_llama_2_has_a_key_head_for_every_query_head_and_the_default_theta():
-    config = config_from_dict(LLAMA_2_7B)
-    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (32, 128, 10000.0)
-    assert sum(config.parameters.values()) == 6_738_415_616
-
-
-def test_llama_31_has_scaled_rope_and_several_ends():
-    config = config_from_dict(LLAMA_31_8B)
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
-    assert config.rope_theta == 500000.0
-    assert config.eos_ids == {128001, 128008, 128009}
-    assert sum(config.parameters.values()) == 8_030_261_248
-
-
-def test_smollm2_ties_its_head():
-    config = config_from_dict(SMOLLM2_135M)
-    assert config.tie_word_embeddings
-    assert (config.head_dim, config.rope_theta) == (64, 100000)
-    assert sum(config.parameters.values()) == 134_515_008
+@pytest.mark.parametrize(
+    ("published", "parameters", "expected"),
+    [
+        (TINYLLAMA_CHAT, 1_100_048_384, {}),
+        (
+            LLAMA_2_7B,
+            6_738_415_616,
+            {
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "max_position_embeddings": 4096,
+            },
+        ),
+        (
+            LLAMA_31_8B,
+            8_030_261_248,
+            {
+                "vocab_size": 128256,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "max_position_embeddings": 131072,
+                "rope_theta": 500000.0,
+                "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
+                "bos_token_id": 128000,
+                "eos_token_id": [128001, 128008, 128009],
+            },
+        ),
+        (
+            SMOLLM2_135M,
+            134_515_008,
+            {
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 8192,
+                "rope_theta": 100000,
+                "tie_word_embeddings": True,
+            },
+        ),
+    ],
+    ids=["TinyLlama", "Llama 2", "Llama 3.1", "SmolLM2"],
+)
+def test_published_configs_are_read(published: str, parameters: int, expected: dict[str, Any]):
+    config = config_from_dict(json.loads(published))
+    assert config == LlamaConfig(**expected)
+    assert sum(config.parameters.values()) == parameters
 
 
 @pytest.mark.parametrize("scaling", [None, SCALING])
-def test_both_spellings_of_rope_mean_the_same(scaling: dict[str, Any] | None):
+def test_every_spelling_of_rope_means_the_same(scaling: dict[str, Any] | None):
     kind = "llama3" if scaling else "default"
     older = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"rope_type": kind, **scaling}}
     oldest = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"type": kind, **scaling}}
@@ -215,37 +180,37 @@ def test_absent_fields_take_the_defaults_of_transformers():
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-@pytest.mark.parametrize(
-    ("generation", "expected"),
-    [(None, {7}), ({}, {7}), ({"eos_token_id": [3, 4]}, {3, 4}), ({"eos_token_id": None}, set())],
-)
-def test_ends_come_from_the_generation_config(tmp_path: Path, generation: Any, expected: set[int]):
-    folder = folder_with(tmp_path, config={**TINY, "eos_token_id": 7})
-    if generation is not None:
-        folder_with(folder, generation_config=generation)
-    assert read_config(folder).eos_ids == expected
+def test_head_dim_need_not_be_a_share_of_the_hidden_size():
+    assert config_from_dict({**TINY, "hidden_size": 68, "head_dim": 32}).head_dim == 32
 
 
-def test_a_generation_config_without_ends_leaves_the_default(tmp_path: Path):
-    folder = folder_with(tmp_path, config=TINY, generation_config={"do_sample": True})
-    assert read_config(folder).eos_ids == {2}
-
-
-def test_a_wrong_end_is_blamed_on_the_file_it_is_in(tmp_path: Path):
-    folder = folder_with(tmp_path, config=TINY, generation_config={"eos_token_id": "</s>"})
-    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: .*'</s>'"):
-        read_config(folder)
-
-
-@pytest.mark.parametrize("end", [[], None])
-def test_no_end(end: Any):
-    assert config_from_dict({**TINY, "eos_token_id": end}).eos_ids == frozenset()
-
-
-def test_code_keys_are_ignored(tmp_path: Path):
+def test_code_keys_are_ignored():
     # The module would fail to import, were it looked for.
     code = {"auto_map": {"AutoModelForCausalLM": "evil--evil.Model"}, "custom_pipelines": {"x": "y"}}
     assert config_from_dict({**TINY, **code}) == config_from_dict(TINY)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 7}, None, {7}),
+        ({"eos_token_id": 7}, {}, {7}),
+        ({"eos_token_id": 7}, {"eos_token_id": [3, 4]}, {3, 4}),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, set()),
+        ({"eos_token_id": []}, None, set()),
+        ({}, {"do_sample": True}, {2}),
+    ],
+)
+def test_eos_ids_come_from_the_generation_config_first(
+    tmp_path: Path, config: dict[str, Any], generation: Any, expected: set[int]
+):
+    folder_with(tmp_path, config=TINY | config)
+    if generation is not None:
+        folder_with(tmp_path, generation_config=generation)
+    assert read_config(tmp_path).eos_ids == expected
+
+
+# --- what is refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +220,6 @@ def test_code_keys_are_ignored(tmp_path: Path):
         ("model_type", ["llama"]),
         ("architectures", ["MistralForCausalLM"]),
         ("architectures", "LlamaForCausalLM"),
-        ("architectures", 5),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
@@ -273,12 +237,12 @@ def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any):
     assert repr(value) in message
 
 
-def test_unknown_fields_are_refused_by_name_all_at_once():
+def test_unknown_fields_are_all_named():
     message = refusal({**TINY, "logit_soft_cap": 30.0, "embedding_multiplier": 12, "new\nline": 1})
     assert "'embedding_multiplier', 'logit_soft_cap', 'new\\nline'" in message
 
 
-def test_missing_fields_are_listed():
+def test_missing_fields_are_all_named():
     message = refusal({"model_type": "llama", "hidden_size": 64})
     assert "vocab_size, intermediate_size, num_hidden_layers, num_attention_heads" in message
 
@@ -293,30 +257,25 @@ SIZES = [
     "head_dim",
     "max_position_embeddings",
 ]
+NOT_POSITIVE = [True, 0, -4, "64", [64], {}, float("nan"), float("inf"), 10**400]
 
 
 @pytest.mark.parametrize("field", SIZES)
-@pytest.mark.parametrize(
-    "value", [0, -4, True, 64.0, "64", [64], {}, float("nan"), float("inf"), 2**31, 10**400]
-)
-def test_sizes_are_positive_integers(field: str, value: Any):
-    message = refusal({**TINY, field: value})
-    assert f"{field}: expected a positive integer" in message
-    assert len(message) < 250
+def test_sizes_are_positive_integers(field: str):
+    for value in [*NOT_POSITIVE, 64.0, 2**31]:
+        assert f"{field}: expected a positive integer" in refusal({**TINY, field: value})
 
 
 @pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
-@pytest.mark.parametrize(
-    "value", ["1e-5", None, True, 0, 0.0, -1e-5, [1.0], float("nan"), float("inf"), 10**400]
-)
-def test_eps_and_theta_are_positive_numbers(field: str, value: Any):
-    assert f"{field}: expected a positive finite number" in refusal({**TINY, field: value})
+def test_eps_and_theta_are_positive_numbers(field: str):
+    for value in [*NOT_POSITIVE, "1e-5", None, 0.0, -1e-5]:
+        assert f"{field}: expected a positive finite number" in refusal({**TINY, field: value})
 
 
 @pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id"])
-@pytest.mark.parametrize("value", ["2", 2.0, True, {}, [[2]], [2, None]])
-def test_ids_are_integers(field: str, value: Any):
-    assert f"{field}: expected an integer id" in refusal({**TINY, field: value})
+def test_ids_are_integers(field: str):
+    for value in ["2", 2.0, True, {}, [[2]], [2, None]]:
+        assert f"{field}: expected an integer id" in refusal({**TINY, field: value})
 
 
 @pytest.mark.parametrize("value", ["false", 0, None])
@@ -325,21 +284,18 @@ def test_the_tied_flag_is_a_boolean(value: Any):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads"),
-        ({"num_key_value_heads": 16}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads"),
-        ({"head_dim": 7}, "head_dim: .* must be even, got 7"),
-        ({"hidden_size": 72}, "head_dim: .* must be even, got 9"),
-        ({"hidden_size": 68}, r"hidden_size \(68\) must be a multiple of num_attention_heads \(8\)"),
+        ({"num_key_value_heads": 3}, ["num_attention_heads (8)", "num_key_value_heads (3)"]),
+        ({"num_key_value_heads": 16}, ["num_attention_heads (8)", "num_key_value_heads (16)"]),
+        ({"head_dim": 7}, ["head_dim", "even, got 7"]),
+        ({"hidden_size": 72}, ["head_dim", "even, got 9"]),
+        ({"hidden_size": 68}, ["hidden_size (68)", "num_attention_heads (8)"]),
     ],
 )
-def test_heads_that_do_not_fit(changes: dict[str, Any], message: str):
-    assert re.search(message, refusal({**TINY, **changes}))
-
-
-def test_head_dim_need_not_be_a_share_of_the_hidden_size():
-    assert config_from_dict({**TINY, "hidden_size": 68, "head_dim": 32}).head_dim == 32
+def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], parts: list[str]):
+    message = refusal({**TINY, **changes})
+    assert all(part in message for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +303,6 @@ def test_head_dim_need_not_be_a_share_of_the_hidden_size():
     [
         ({"rope_type": "linear", "factor": 2.0}, "got 'linear'"),
         ({"type": "dynamic", "factor": 2.0}, "got 'dynamic'"),
-        ({"rope_type": "yarn", "factor": 2.0}, "got 'yarn'"),
         ({"rope_type": None}, "got None"),
         ({"rope_type": ["llama3"]}, r"got \['llama3'\]"),
         ({"rope_type": "default", "factor": 2.0}, r"expected the fields \[\], got \['factor'\]"),
@@ -364,17 +319,17 @@ def test_head_dim_need_not_be_a_share_of_the_hidden_size():
     ],
 )
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-def test_rope_that_is_not_implemented(spelling: str, rope: Any, message: str):
+def test_rope_that_is_not_implemented_is_refused(spelling: str, rope: Any, message: str):
     assert re.search(message, refusal({**TINY, spelling: rope}))
 
 
-def test_spellings_that_disagree():
+def test_spellings_of_rope_that_disagree_are_refused():
     newer = {"rope_type": "default", "rope_theta": 1e4}
     assert "rope_theta" in refusal({**TINY, "rope_theta": 5e5, "rope_parameters": newer})
     assert "disagree" in refusal({**TINY, "rope_scaling": LLAMA3_SCALING, "rope_parameters": newer})
 
 
-def test_a_dimension_bomb_is_refused_at_once():
+def test_absurd_sizes_are_refused_at_once():
     started = time.perf_counter()
     for changes in (
         {"num_hidden_layers": 2**31 - 1},
@@ -392,60 +347,62 @@ def test_direct_construction_is_checked_too():
         LlamaConfig(rope_scaling=LLAMA3_SCALING)
 
 
+# --- the files -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "null", "5", '{"vocab_size": 1', "[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"],
+    ("content", "fault"),
+    [
+        (b"", "empty"),
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"model_type": "\xff"}', "not valid JSON"),
+        (b"[]", "expected a JSON object"),
+        (b"null", "expected a JSON object"),
+    ],
 )
-def test_malformed_json(tmp_path: Path, content: str):
-    with pytest.raises(
-        InputError, match=r"config\.json: (not valid JSON|the file is empty|expected a JSON object)"
-    ) as e:
-        read_config(folder_with(tmp_path, config=content))
-    assert "\n" not in str(e.value)
-
-
-def test_json_that_is_not_utf8(tmp_path: Path):
-    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
-    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+def test_a_malformed_file_is_refused(tmp_path: Path, content: bytes, fault: str):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"config\.json: .*{fault}") as caught:
         read_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
-def test_json_that_is_huge(tmp_path: Path):
+def test_a_huge_file_is_refused(tmp_path: Path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_TEXT_BYTES + 1)
-    with pytest.raises(InputError, match="expected at most"):
+    with pytest.raises(InputError, match=f"at most {MAX_TEXT_BYTES}"):
         read_config(tmp_path)
 
 
-def test_no_folder_no_file_no_regular_file(tmp_path: Path):
-    absent = tmp_path / "absent"
-    with pytest.raises(InputError, match=f"{re.escape(str(absent))}: no such folder"):
-        read_config(absent)
+@pytest.mark.parametrize("folder", ["absent", "with a \0"])
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, folder: str):
     with pytest.raises(InputError, match="no such folder"):
-        read_config("with a \0")
-    with pytest.raises(InputError, match=r"config\.json: no such file"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(InputError, match=r"config\.json: expected a regular file"):
-        read_config(tmp_path)
+        read_config(tmp_path / folder)
 
 
-def test_a_fifo_does_not_block(tmp_path: Path):
-    os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(InputError, match="expected a regular file"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").unlink()
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_a_regular_file_is_opened(tmp_path: Path, name: str, make: Any):
     folder_with(tmp_path, config=TINY)
-    os.mkfifo(tmp_path / "generation_config.json")
-    with pytest.raises(InputError, match=r"generation_config\.json: expected a regular file"):
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=f"/{name}: expected a regular file"):
         read_config(tmp_path)
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
     folder_with(tmp_path, config=TINY)
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
     with pytest.raises(InputError, match=r"config\.json: cannot be read \(Permission denied\)"):
-        read_json(tmp_path / "config.json")
+        read_config(tmp_path)
+
+
+def test_a_wrong_eos_id_is_blamed_on_the_file_it_is_in(tmp_path: Path):
+    folder_with(tmp_path, config=TINY, generation_config={"eos_token_id": "</s>"})
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: .*'</s>'"):
+        read_config(tmp_path)
