@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinyllama.checkpoints.files import UNFINISHED
 from tinyllama.checkpoints.hub import DEFAULT_MODEL, checkpoint_folders, resolve, weights_folder
 from tinyllama.cli import options, terminal
 
@@ -37,7 +38,7 @@ def main() -> None:
 def list_models() -> None:
     """Print the folders of weights/ with their sizes, unfinished downloads last."""
     weights = weights_folder()
-    unfinished = sorted(weights.glob(".download-*"))
+    unfinished = sorted(weights.glob(f"{UNFINISHED}*"))
     for folder in checkpoint_folders():
         print(f"{folder}  {size_of(folder)}")
     for folder in unfinished:

@@ -71,6 +71,7 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
     from tinyllama import LlamaConfig
     from tinyllama.checkpoints import hub
     from tinyllama.checkpoints.config_file import config_from_dict, read_config
+    from tinyllama.checkpoints.download import download_config
     from tinyllama.checkpoints.files import read_json
 
     if name in (None, hub.DEFAULT_MODEL):
@@ -84,22 +85,6 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
     else:
         folder = hub.resolve(name)
     return str(folder), read_config(folder)
-
-
-def download_config(repo_id: str) -> Path:
-    """config.json in the Hub's own cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    from tinyllama.checkpoints.hub import ask_hub, one_line
-
-    commit = ask_hub(repo_id, None).sha
-    try:
-        return Path(hf_hub_download(repo_id, "config.json", revision=commit))
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"{repo_id}: no config.json to be had ({one_line(error)}); check the name"
-        ) from error
 
 
 def skeleton(config: LlamaConfig, title: str) -> Llama:

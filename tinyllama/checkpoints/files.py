@@ -1,11 +1,11 @@
-"""Reading and writing files with care: regular files only, JSON objects, one writer, room on the disk."""
+"""Reading and writing files with care: regular files only, folders and files that appear whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tinyllama.errors import InputError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run any code
+
+UNFINISHED = ".unfinished-"  # before the name of a folder that is not complete yet
 
 AGAIN = "download the checkpoint again"
 
@@ -77,21 +79,50 @@ def one_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-@contextmanager
-def sole_writer(folder: Path, doing: str) -> Iterator[None]:
-    """Hold the lock on making `folder`; where another process has it, say so in one line and wait."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep: bool = False) -> None:
+    """Make a folder unless it exists: it appears whole or not at all.
+
+    Of two processes one fills it; the other says in one line what it waits for.
+
+    Args:
+        folder: what to make.
+        fill: makes the unfinished folder whose path it is given; that is then renamed to `folder`.
+        doing: for the line of a process that waits, as "downloading org/name".
+        keep: whether an unfinished folder stays for the next attempt when `fill` fails.
+
+    Raises:
+        InputError: nothing can be written there, or the disk is full.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            note(f"another process is {doing}: waiting for it")
-            lock.acquire()
+        with _sole_owner(folder.with_name(f".{folder.name}.lock"), doing):
+            if folder.exists():
+                return
+            if not keep:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+            try:
+                fill(unfinished)
+                unfinished.rename(folder)
+            finally:
+                if not keep:
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"{folder.parent}: cannot be written ({error.strerror}); make it writable"
+            f"{folder}: cannot be written ({error.strerror or one_line(error)}); "
+            "make room there, or make it writable"
         ) from error
+
+
+@contextmanager
+def _sole_owner(path: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        note(f"another process is {doing}: waiting for it")
+        lock.acquire()
     try:
         yield
     finally:
@@ -99,12 +130,10 @@ def sole_writer(folder: Path, doing: str) -> Iterator[None]:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise InputError where the disk of `folder` (whose parent exists) has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder.parent).free
+    """Raise InputError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(
-            f"{folder.parent}: {what} needs {needed:,} bytes of disk, {free:,} are free; free some space"
-        )
+        raise InputError(f"{folder}: {what} needs {needed:,} bytes of disk, {free:,} are free; make room")
 
 
 def replace_text(path: Path, text: str) -> None:
