@@ -87,6 +87,7 @@ def refusal(folder: Path, *parts: str, **options: Any) -> None:
         load(folder, **options)
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) < 1000
     for part in parts:
         assert part in message
 

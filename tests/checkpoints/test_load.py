@@ -53,9 +53,34 @@ def test_changing_the_model_leaves_the_file_alone(tmp_path: Path):
     assert (tmp_path / SINGLE).read_bytes() == before
 
 
-def test_shards_give_the_same_model_as_one_file(tmp_path: Path):
-    write_shards(tmp_path)
-    assert same(load(tmp_path), weights())
+def without_prefix(folder: Path) -> None:
+    write(folder, {key.removeprefix("model."): tensor for key, tensor in weights().items()})
+
+
+def with_rope_table(folder: Path) -> None:
+    table = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(2) for i in range(2)}
+    write(folder, weights() | table)
+
+
+def unaligned(folder: Path) -> None:
+    content = (write(folder) / SINGLE).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    (folder / SINGLE).write_bytes(file_of(content[8:end] + b" ", content[end:]))
+
+
+def read_only(folder: Path) -> None:
+    write(folder)
+    for path in (*folder.iterdir(), folder):
+        path.chmod(path.stat().st_mode & 0o555)
+
+
+@pytest.mark.parametrize("make", [write_shards, without_prefix, with_rope_table, unaligned, read_only])
+def test_other_forms_of_a_folder_give_the_same_model(tmp_path: Path, make: Callable[[Path], None]):
+    make(tmp_path / "folder")
+    before = sorted((tmp_path / "folder").iterdir())
+    assert same(load(tmp_path / "folder"), weights())
+    assert sorted((tmp_path / "folder").iterdir()) == before
+    (tmp_path / "folder").chmod(0o755)
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -74,16 +99,6 @@ def test_a_tied_flag_with_another_head_is_refused(tmp_path: Path):
     refusal(write(tmp_path, tensors, tie_word_embeddings=True), str(tmp_path), HEAD, "tie_word_embeddings")
 
 
-def test_a_stored_rope_table_is_ignored(tmp_path: Path):
-    table = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(2) for i in range(2)}
-    assert same(load(write(tmp_path, weights() | table)), weights())
-
-
-def test_names_may_lack_the_prefix(tmp_path: Path):
-    tensors = {key.removeprefix("model."): tensor for key, tensor in weights().items()}
-    assert same(load(write(tmp_path, tensors)), weights())
-
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -97,30 +112,12 @@ def test_weights_are_converted(tmp_path: Path, stored: torch.dtype):
         assert same(model, {key: tensor.to(wanted) for key, tensor in tensors.items()})
 
 
-@pytest.mark.parametrize("pad", [1, 2])
-def test_tensors_need_not_be_aligned(tmp_path: Path, pad: int):
-    content = (write(tmp_path) / SINGLE).read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    (tmp_path / SINGLE).write_bytes(file_of(content[8:end] + b" " * pad, content[end:]))
-    assert same(load(tmp_path), weights())
-
-
 def test_the_attention_is_chosen(tmp_path: Path):
     write(tmp_path)
     for name, chosen in KERNELS.items():
         attentions = [m for m in load(tmp_path, attention=name).modules() if isinstance(m, Attention)]
         assert [attention.kernel for attention in attentions] == [chosen, chosen]
     refusal(tmp_path, "attention", "'flash'", attention="flash")
-
-
-def test_a_read_only_folder_works(tmp_path: Path):
-    folder = write(tmp_path / "folder")
-    before = sorted(folder.iterdir())
-    for path in (*before, folder):
-        path.chmod(path.stat().st_mode & 0o555)
-    assert same(load(folder), weights())
-    assert sorted(folder.iterdir()) == before
-    folder.chmod(0o755)
 
 
 # --- memory ----------------------------------------------------------------------------------------------

@@ -12,42 +12,13 @@ from tinyllama.config import LlamaConfig, RopeScaling, positive_integer
 from tinyllama.errors import InputError
 
 # Fields with no effect on the forward pass: about the file, training or generation defaults.
-IGNORED = frozenset(
-    [
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "custom_pipelines",
-        "do_sample",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "label2id",
-        "max_length",
-        "max_new_tokens",
-        "max_sequence_length",
-        "name_or_path",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "repetition_penalty",
-        "return_dict",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    ]
-)
+IGNORED = """
+    _attn_implementation_autoset _name_or_path auto_map chunk_size_feed_forward custom_pipelines do_sample
+    dtype id2label initializer_range is_llama_config label2id max_length max_new_tokens max_sequence_length
+    name_or_path output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
+    repetition_penalty return_dict temperature tokenizer_class top_k top_p torch_dtype
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+"""
 
 # Fields with one value that is implemented. Another would change the computation, so it is refused.
 FIXED: dict[str, Any] = {
@@ -112,7 +83,7 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
             )
 
     used = {field.name for field in dataclasses.fields(LlamaConfig)}
-    unknown = sorted(map(repr, values.keys() - used - IGNORED - FIXED.keys() - {"rope_parameters"}))
+    unknown = sorted(map(repr, values.keys() - used - FIXED.keys() - {*IGNORED.split(), "rope_parameters"}))
     if unknown:
         raise InputError(
             f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"

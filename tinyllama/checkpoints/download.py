@@ -38,7 +38,12 @@ TEXT_FILES = (
 )
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 ORIGIN = ".origin"  # inside a downloaded folder: the repository and commit that it is
-LOG_IN = "log in with `hf auth login`"
+REFUSALS = {
+    401: "private, not there, or a wrong login: check the name, or log in with `hf auth login`",
+    403: "gated: accept its terms on its Hub page, then log in with `hf auth login`",
+    404: "the Hub has no such model: check the name",
+    429: "the Hub takes no more requests: wait some minutes, or log in with `hf auth login`",
+}
 
 Answer = TypeVar("Answer")
 
@@ -144,18 +149,13 @@ def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
 def verdict(error: Exception) -> tuple[type[RefusedError], str]:
     """Whether the Hub refused or is out of reach, and what to do about it."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, GatedRepoError) or status == 403:
-        return RefusedError, f"gated (status {status}): accept its terms on its Hub page, then {LOG_IN}"
-    if status == 401:
-        return RefusedError, f"private, not there, or a wrong login (status 401): check the name, or {LOG_IN}"
-    if status == 429:
-        return RefusedError, f"the Hub takes no more requests (status 429): wait some minutes, or {LOG_IN}"
-    if isinstance(error, RevisionNotFoundError):
-        return RefusedError, "the Hub has the model, but no such revision (status 404)"
-    if status == 404:
-        return RefusedError, "the Hub has no such model (status 404): check the name"
     if 400 <= status < 500:
-        return RefusedError, f"the Hub refused the request (status {status})"
+        if isinstance(error, GatedRepoError):
+            status = 403
+        reason = REFUSALS.get(status, "the Hub refused the request")
+        if isinstance(error, RevisionNotFoundError):
+            reason = "the Hub has the model, but no such revision"
+        return RefusedError, f"{reason} (status {status})"
     if status:
         reason = f"the Hub is out of order (status {status})"
     elif isinstance(error, NoAnswerError):

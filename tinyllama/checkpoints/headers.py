@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _sharded(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards, each where the index says."""
+    """The tensors of all shards, each in the file that the index lists it in."""
     index = _safe_file(folder, INDEX)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -133,13 +133,14 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         for key, tensor in read_header(_safe_file(folder, shard)).items():
-            if key in found:
-                raise InputError(f"{folder}: {key!r} is in both {found[key].path.name} and {shard}; {AGAIN}")
+            listed = weight_map.get(key, "no file")
+            if listed != shard:
+                raise InputError(f"{index}: {key!r} is in {shard}, but listed in {listed}; {AGAIN}")
             found[key] = tensor
-    for key in sorted(weight_map.keys() | found.keys()):
-        listed, actual = weight_map.get(key, "no file"), found[key].path.name if key in found else "no file"
-        if listed != actual:
-            raise InputError(f"{index}: {key!r} is listed in {listed}, but is in {actual}; {AGAIN}")
+    ghosts = sorted(weight_map.keys() - found.keys())
+    if ghosts:
+        names = ", ".join(map(repr, ghosts))
+        raise InputError(f"{index}: lists {names}, but the listed files lack them; {AGAIN}")
     return found
 
 
