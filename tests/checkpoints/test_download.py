@@ -167,7 +167,7 @@ def test_files_of_another_commit_are_not_mixed_in(fake_hub, weights):
         (403, {"X-Error-Code": "GatedRepo"}, r"gated.*hf auth login"),
         (404, {"X-Error-Code": "RepoNotFound"}, "no such model"),
         (404, {"X-Error-Code": "RevisionNotFound"}, "no such revision"),
-        (429, {}, "no more requests"),
+        (429, {}, "no more requests now"),
         (418, {}, "refused the request"),
     ],
 )

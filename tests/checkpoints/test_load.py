@@ -134,7 +134,7 @@ def resident_bytes(file: Path) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
 def test_no_second_copy_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: torch.dtype):
-    fields = {**FIELDS, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    fields = {**FIELDS, "hidden_size": 512, "intermediate_size": 1024}
     model = tiny_model(**fields).to(torch.bfloat16)
     file = write(tmp_path, dict(model.state_dict()), **fields) / SINGLE
     size = model.num_parameters() * 2

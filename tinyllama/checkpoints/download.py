@@ -1,4 +1,4 @@
-"""The Hub -> a checkpoint folder: what is asked of it, and what each of its refusals means."""
+"""org/name on the Hub -> a checkpoint folder, and a message for each way in which that can fail."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ REFUSALS = {
     401: "private, not there, or a wrong login: check the name, or log in with `hf auth login`",
     403: "gated: accept its terms on its Hub page, then log in with `hf auth login`",
     404: "the Hub has no such model: check the name",
-    429: "the Hub takes no more requests: wait some minutes, or log in with `hf auth login`",
+    429: "the Hub accepts no more requests now: wait some minutes, or log in with `hf auth login`",
 }
 
 Answer = TypeVar("Answer")
 
 
 class RefusedError(InputError):
-    """The Hub does not give out the model that was asked for."""
+    """The Hub does not give the model that was asked for."""
 
 
 class UnreachableError(RefusedError):
-    """The Hub did not even answer."""
+    """The Hub did not answer."""
 
 
 def download(repo_id: str, revision: str | None, folder: Path) -> None:
@@ -98,7 +98,7 @@ def fetch(repo_id: str, revision: str | None, folder: Path) -> None:
         folder.mkdir()
         (folder / ORIGIN).write_text(source, encoding="utf-8")
     for leftover in folder.rglob("*.incomplete"):
-        leftover.unlink()  # of a killed process: huggingface_hub never goes on with them
+        leftover.unlink()  # left by a killed process; huggingface_hub never resumes them
     missing = sum(sizes[name] for name in needed if not (folder / name).is_file())
     require_space(folder, missing, f"downloading {source}")
     note(f"downloading {source} ({missing:,} bytes)")
@@ -115,7 +115,7 @@ def fetch(repo_id: str, revision: str | None, folder: Path) -> None:
 
 
 def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
-    """Of a repository's files, those of one safetensors checkpoint and its tokenizer."""
+    """The files of one safetensors checkpoint and its tokenizer, of all that a repository has."""
     if "config.json" not in names:
         raise InputError(
             f"{repo_id}: expected config.json, the repository has none: not a transformers model"
@@ -133,7 +133,7 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
 
 
 def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
-    """The repository's commit, files and their sizes; errors say what to do."""
+    """The repository's commit, files and their sizes; raises RefusedError that says what to do."""
     try:
         return within(
             ANSWER_SECONDS,

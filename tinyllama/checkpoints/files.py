@@ -1,4 +1,4 @@
-"""Reading and writing files with care: regular files only, folders and files that appear whole."""
+"""Reading regular files of limited size, and making files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_TEXT_BYTES = 64 << 20
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """The content of a regular file, up to `count` bytes of it.
+    """The first `count` bytes of a regular file, or all of a shorter one.
 
     Raises:
         InputError: it is absent, unreadable, empty, no regular file, or a Git-LFS pointer to the real one.
@@ -50,11 +50,12 @@ def first_bytes(path: Path, count: int) -> bytes:
     return data
 
 
-def read_bytes(path: Path, at_most: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a regular file of at most that many bytes; raises InputError as `first_bytes` does."""
-    data = first_bytes(path, at_most + 1)
-    if len(data) > at_most:
-        raise InputError(f"{path}: expected at most {at_most} bytes, got {path.stat().st_size}; {AGAIN}")
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file of at most MAX_TEXT_BYTES; raises InputError as `first_bytes` does."""
+    data = first_bytes(path, MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        size = path.stat().st_size
+        raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes, got {size}; {AGAIN}")
     return data
 
 
@@ -75,20 +76,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """The error's first line, shortened, or its kind where it says nothing."""
+    """The start of the error's first line, or its class if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep: bool = False) -> None:
     """Make a folder unless it exists: it appears whole or not at all.
 
-    Of two processes one fills it; the other says in one line what it waits for.
+    If two processes want it, one makes it; the other prints one line and waits.
 
     Args:
         folder: what to make.
-        fill: makes the unfinished folder whose path it is given; that is then renamed to `folder`.
-        doing: for the line of a process that waits, as "downloading org/name".
-        keep: whether an unfinished folder stays for the next attempt when `fill` fails.
+        fill: is given another path, makes the folder there and fills it; then it is renamed to `folder`.
+        doing: what the line of a waiting process says, for example "downloading org/name".
+        keep: whether an unfinished folder stays for the next attempt if `fill` fails.
 
     Raises:
         InputError: nothing can be written there, or the disk is full.
@@ -100,7 +101,7 @@ def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep:
             if folder.exists():
                 return
             if not keep:
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
             try:
                 fill(unfinished)
                 unfinished.rename(folder)
@@ -137,7 +138,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file by renaming a finished one over it: an old file stays whole whatever happens.
+    """Write a text file by renaming a finished one over it, so that no failure damages the old file.
 
     Raises:
         InputError: it cannot be written.

@@ -78,8 +78,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """What one safetensors file holds, without its tensors' bytes.
 
-    safetensors 0.8 checks the header against the file. Checked here is what it lets through: a header of up
-    to 100 MB and a name that occurs twice.
+    safetensors 0.8 checks the header against the file. It accepts two faults, which are refused here:
+    a header of up to 100 MB, and a name that occurs twice.
 
     Raises:
         InputError: the file is truncated, malformed or inconsistent, or has a dtype that is not a float's.
@@ -103,11 +103,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     names = [name for name, _ in json.loads(start[8 : 8 + length], object_pairs_hook=list)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{path}: {twice[0]!r} occurs twice in the header; {AGAIN}")
+        raise InputError(f"{path}: {twice[0]!r:.80} occurs twice in the header; {AGAIN}")
     for key, tensor in slices.items():
         if tensor.get_dtype() not in DTYPES:
             raise InputError(
-                f"{path}: {key!r} has dtype {tensor.get_dtype()}, expected {', '.join(DTYPES)}; "
+                f"{path}: {key!r:.80} has dtype {tensor.get_dtype()}, expected {', '.join(DTYPES)}; "
                 "use unquantised weights"
             )
     return {

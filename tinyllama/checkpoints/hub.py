@@ -1,4 +1,4 @@
-"""A model's name -> a checkpoint folder on disk, downloaded from the Hub where need be."""
+"""A model's name -> a checkpoint folder on disk, downloaded from the Hub if necessary."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ def checkpoint_folders() -> list[Path]:
 
 
 def resolve(name: str | None = None) -> Path:
-    """Find a model's checkpoint folder, downloading or converting it where need be.
+    """Find a model's checkpoint folder; download or convert it if necessary.
 
     `name` is a folder, `org/name` on the Hub, or `smollm2`, the embedded model. A model found in `weights/`
     or in the Hub's own cache is used as it is: no socket is opened and nothing is written. None is the
-    default model; only there, and only where the Hub does not answer within a few seconds, the embedded
-    model takes its place, and one line on stderr says so. Whatever else goes wrong raises InputError.
+    default model. If the Hub does not answer within a few seconds, the embedded model replaces it, and one
+    line on stderr says so; a model asked for by name is never replaced.
+
+    Raises:
+        InputError: there is no such model, or it cannot be downloaded or converted.
     """
     try:
         return default_model() if name is None else named_model(name)
@@ -65,7 +68,7 @@ def named_model(name: str) -> Path:
 
 
 def default_model() -> Path:
-    """The default model, or the embedded one where the Hub does not answer."""
+    """The default model, or the embedded one if the Hub does not answer."""
     try:
         return found_or_downloaded(DEFAULT_MODEL)
     except UnreachableError as error:
@@ -83,7 +86,7 @@ def found_or_downloaded(repo_id: str) -> Path:
 
 
 def is_repository(name: str) -> bool:
-    """Whether the name can be org/name on the Hub; `weights/name` is a folder that is not there."""
+    """Whether the name can be org/name on the Hub; `weights/name` means a folder that is not there."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -92,7 +95,7 @@ def is_repository(name: str) -> bool:
 
 
 def folder_of(repo_id: str) -> Path:
-    """`weights/<name>`, or `weights/<org>--<name>` where another model has that name."""
+    """`weights/<name>`, or `weights/<org>--<name>` if another model has that name."""
     name = repo_id.split("/")[1]
     folder = weights_folder() / name
     other = name == EMBEDDED_FOLDER or origin(folder).split("@")[0] not in ("", repo_id)

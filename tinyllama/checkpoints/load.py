@@ -1,6 +1,6 @@
 """A model's name -> the model and its tokenizer, with one copy of the weights in memory.
 
-Everything is checked before memory is taken: paths, headers, names, shapes, dtypes, free memory.
+Everything is checked before memory is taken: paths, headers, names, shapes, dtypes and free memory.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def load_model(
     """Load a checkpoint folder.
 
     Peak memory is one copy of the weights and one tensor as stored. On the CPU, weights that stay as they are
-    stored are the file's own pages, mapped: replace such a file by renaming another over it, for one that is
-    cut short under a running model kills the process (SIGBUS).
+    stored are the file's own pages, mapped: a file that is cut short under a running model kills the process
+    (SIGBUS), so replace it only by renaming another over it.
 
     Args:
         folder: holds config.json and model.safetensors, or an index and its shards.
