@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import math
+import shutil
 import struct
 import sys
+from collections import namedtuple
 
 import gguf
 import numpy as np
@@ -105,6 +108,8 @@ def test_config_has_the_values_of_the_real_file_s_metadata(smollm2_folder):
     (tensors,) = struct.unpack_from("<Q", data, 8)
     with safe_open(smollm2_folder / "model.safetensors", "np") as file:
         assert len(file.keys()) == tensors
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
+    assert 4 * sum(sizes) == embedded.WEIGHT_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,14 @@ def test_any_other_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=rf"small\.gguf: expected SHA-256 {embedded.SHA256}"):
         embedded.convert(tmp_path / "small.gguf", tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_refused_beforehand(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 7, 3))
+    with pytest.raises(InputError, match=r"needs 548,060,032 bytes of disk, 3 are free"):
+        embedded.make_embedded(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

@@ -220,17 +220,7 @@ def test_links_into_the_blobs_of_the_hub_s_cache_work(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "../outside.safetensors",
-        "sub/inside.safetensors",
-        "/etc/outside.safetensors",
-        "..\\outside.safetensors",
-        "C:outside.safetensors",
-        "nul\0.safetensors",
-        "pytorch_model.bin",
-        "..",
-        "",
-    ],
+    ["../outside.safetensors", "/etc/x.safetensors", "..\\x.safetensors", "C:x.safetensors", "x.bin", ""],
 )
 def test_a_shard_s_name_must_be_plain(tmp_path: Path, name: str):
     folder = tmp_path / "folder"

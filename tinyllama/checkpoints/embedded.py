@@ -51,6 +51,7 @@ CONFIG = {
     "rms_norm_eps": 1e-05,
     **TOKEN_IDS,
 }
+WEIGHT_BYTES = 4 * 134_515_008
 SPECIAL = 3  # in gguf.TokenType: a token that stands for itself and is never made by merging
 
 README = f"""\
@@ -113,15 +114,14 @@ def convert(source: Path, folder: Path) -> None:
     found = hashlib.sha256(source.read_bytes()).hexdigest()
     if found != SHA256:
         raise InputError(f"{source}: expected SHA-256 {SHA256}, got {found}; reinstall {PACKAGE}")
+    require_space(folder.parent, WEIGHT_BYTES + 10_000_000, "the converted embedded model")
     reader = gguf.GGUFReader(source)
-    weight_bytes = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-    require_space(folder.parent, weight_bytes + 10_000_000, "the converted embedded model")
     folder.mkdir()
     write_json(folder / "config.json", CONFIG)
     write_json(folder / "generation_config.json", TOKEN_IDS)
     write_tokenizer(reader, folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
-    with byte_progress(f"converting {source.name}", weight_bytes) as advance:
+    with byte_progress(f"converting {source.name}", WEIGHT_BYTES) as advance:
         write_weights(reader, CONFIG, folder / SINGLE, advance)
     # safetensors writes a file that only its owner can read.
     shutil.copymode(folder / "config.json", folder / SINGLE)
