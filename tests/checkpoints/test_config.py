@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import transformers
 
 from tests.shapes import LLAMA3_SCALING, TINY
 from tinyllama.checkpoints.config_file import config_from_dict, read_config
-from tinyllama.checkpoints.files import MAX_TEXT_BYTES
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.errors import InputError
 
@@ -289,33 +287,7 @@ def test_direct_construction_is_checked_too():
         LlamaConfig(rope_scaling=LLAMA3_SCALING)
 
 
-# --- the files -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "empty"),
-        (b"{", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'{"model_type": "\xff"}', "not valid JSON"),
-        (b"[]", "expected a JSON object"),
-        (b"null", "expected a JSON object"),
-    ],
-)
-def test_a_malformed_file_is_refused(tmp_path: Path, content: bytes, fault: str):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match=rf"config\.json: .*{fault}") as caught:
-        read_config(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_huge_file_is_refused(tmp_path: Path):
-    with (tmp_path / "config.json").open("wb") as file:
-        file.truncate(MAX_TEXT_BYTES + 1)
-    with pytest.raises(InputError, match=f"at most {MAX_TEXT_BYTES}"):
-        read_config(tmp_path)
+# --- the folder ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["absent", "with a \0"])
@@ -325,22 +297,10 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, folder: str):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_only_a_regular_file_is_opened(tmp_path: Path, name: str, make: Any):
+def test_a_malformed_file_is_refused(tmp_path: Path, name: str):
     folder_with(tmp_path, config=TINY)
-    (tmp_path / name).unlink(missing_ok=True)
-    make(tmp_path / name)
-    with pytest.raises(InputError, match=f"/{name}: expected a regular file"):
-        read_config(tmp_path)
-
-
-def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*args: Any, **kwargs: Any) -> str:
-        raise PermissionError(13, "Permission denied")
-
-    folder_with(tmp_path, config=TINY)
-    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
-    with pytest.raises(InputError, match=r"config\.json: cannot be read \(Permission denied\)"):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(InputError, match=f"/{name}: not valid JSON"):
         read_config(tmp_path)
 
 

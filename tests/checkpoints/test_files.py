@@ -1,6 +1,7 @@
-"""Files and folders appear whole or not at all."""
+"""Only regular JSON files are read; files and folders appear whole or not at all."""
 
 import errno
+import os
 import shutil
 import threading
 from collections import namedtuple
@@ -9,8 +10,71 @@ from pathlib import Path
 import pytest
 
 from tinyllama.checkpoints import files
-from tinyllama.checkpoints.files import UNFINISHED, make_folder, replace_text, require_space
+from tinyllama.checkpoints.files import (
+    MAX_TEXT_BYTES,
+    UNFINISHED,
+    make_folder,
+    read_json,
+    replace_text,
+    require_space,
+)
 from tinyllama.errors import InputError
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "empty"),
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"model_type": "\xff"}', "not valid JSON"),
+        (b"[]", "expected a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(tmp_path, content, fault):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"config\.json: .*{fault}") as caught:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def huge_file(path):
+    with path.open("wb") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (os.mkfifo, "expected a regular file"),
+        (os.mkdir, "expected a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "expected a regular file"),
+        (lambda path: None, "no such file"),
+        (huge_file, f"at most {MAX_TEXT_BYTES}"),
+    ],
+)
+def test_only_regular_files_of_limited_size_are_read(tmp_path, make, fault):
+    make(tmp_path / "config.json")
+    with pytest.raises(InputError, match=rf"config\.json: .*{fault}"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(InputError, match=r"config\.json: cannot be read \(Permission denied\)"):
+        read_json(tmp_path / "config.json")
+
+
+# --- folders ---------------------------------------------------------------------------------------------
 
 
 def names_in(folder):
@@ -30,9 +94,6 @@ def fail(error):
         raise error
 
     return fill_and_fail
-
-
-# --- folders ---------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_made_once(tmp_path):

@@ -184,12 +184,6 @@ def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None
     refusal(folder, str(folder / name), "expected a regular file")
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="has no /dev/zero")
-def test_a_device_is_refused():
-    with pytest.raises(InputError, match="/dev/zero: expected a regular file"):
-        read_header(Path("/dev/zero"))
-
-
 @pytest.mark.parametrize("name", [SINGLE, INDEX, SHARDS[1]])
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, name: str):
     # "blobs" is allowed only in the layout of the Hub's cache, which this is not.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
@@ -97,7 +96,7 @@ def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep:
     unfinished = folder.with_name(UNFINISHED + folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _sole_owner(folder.with_name(f".{folder.name}.lock"), doing):
+        with _lock(folder.with_name(f".{folder.name}.lock"), doing):
             if folder.exists():
                 return
             if not keep:
@@ -115,19 +114,14 @@ def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep:
         ) from error
 
 
-@contextmanager
-def _sole_owner(path: Path, doing: str) -> Iterator[None]:
-    """Hold a lock file."""
+def _lock(path: Path, doing: str) -> AcquireReturnProxy:
+    """Take a lock file for as long as the result, a context, lasts."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         note(f"another process is {doing}: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
