@@ -14,7 +14,7 @@ EXAMPLES = f"""\
   python scripts/download.py HuggingFaceTB/SmolLM2-360M-Instruct
   python scripts/download.py --list                     what is in weights/
 
-A download that was interrupted keeps its finished files and goes on from there."""
+An interrupted download keeps its finished files; the same command again completes it."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def list_models() -> None:
 
 
 def size_of(folder: Path) -> str:
-    """The bytes of a folder's files, in words."""
+    """The size of a folder's files, in bytes."""
     return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes"
 
 

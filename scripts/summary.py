@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def find_config(name: str | None) -> tuple[str, LlamaConfig]:
-    """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
+    """A title and the config. Of a model that is not on the disk, only config.json is downloaded."""
     from tinyllama import LlamaConfig
     from tinyllama.checkpoints import hub
     from tinyllama.checkpoints.config_file import config_from_dict, read_config
@@ -114,7 +114,7 @@ def skeleton(config: LlamaConfig, title: str) -> Llama:
 
 
 def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Bytes of keys and values in all layers: for a token and for a full context, at three head counts."""
+    """Bytes of the keys and values of one token and of a full context, in all layers, for three head counts."""
     K, H = config.num_key_value_heads, config.num_attention_heads
     return {
         name: {"kv_heads": heads}

@@ -55,7 +55,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     # A link that leads nowhere counts as present, so that the message is about the link.
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
-        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is not meant")
+        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the wrong one")
     if single:
         found = read_header(_safe_file(folder, SINGLE))
     elif index:
