@@ -114,7 +114,7 @@ def skeleton(config: LlamaConfig, title: str) -> Llama:
 
 
 def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Bytes of the keys and values of one token and of a full context, in all layers, for three head counts."""
+    """Bytes of all layers' keys and values: for one token and for a full context, at three head counts."""
     K, H = config.num_key_value_heads, config.num_attention_heads
     return {
         name: {"kv_heads": heads}
