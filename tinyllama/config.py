@@ -99,7 +99,7 @@ def _check_types(values: LlamaConfig | RopeScaling, prefix: str = "") -> None:
     """Refuse numbers that are not positive and finite, and flags that are not booleans."""
     for field in dataclasses.fields(values):
         name, value = prefix + field.name, getattr(values, field.name)
-        if field.type == "int":
+        if field.type == "int":  # annotations are strings here, by the first import
             positive_integer(name, value)
         # Python's integers may exceed every float.
         elif field.type == "float" and (
