@@ -71,6 +71,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with the machine and the settings."""
     from tinyllama import LlamaConfig
     from tinyllama.bench.charts import require_matplotlib
+    from tinyllama.checkpoints.config_file import config_from_dict
     from tinyllama.checkpoints.files import read_json
     from tinyllama.device import machine, usable_device
 
@@ -86,7 +87,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         return results | {"quality": quality()}
     if args.products:
         return results | {"products": products(args.rounds)}
-    config = LlamaConfig() if args.config is None else LlamaConfig.from_dict(read_json(args.config))
+    config = LlamaConfig() if args.config is None else config_from_dict(read_json(args.config))
     results["settings"]["parameters"] = sum(config.parameters.values())
     with tempfile.TemporaryDirectory(prefix="tinyllama-bench-") as folder:
         from tinyllama.bench.shape import write_random_checkpoint

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
@@ -39,6 +39,17 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_LAYERS = 10_000
 
 
+class Summary(NamedTuple):
+    """What the tables show, and --json prints under these names."""
+
+    model: str
+    config: LlamaConfig
+    parameters: dict[str, int]  # by part, and their total
+    weight_bytes: dict[str, int]  # by dtype
+    kv_cache_bytes: dict[str, dict[str, int]]  # for this model, and as MHA and MQA would need
+    flops_per_token: dict[int, int]  # by the number of keys that the token attends to
+
+
 def main() -> None:
     """Print the module tree and the tables, or under --json all figures."""
     parser = options.Parser(__doc__, EXAMPLES)
@@ -52,24 +63,26 @@ def main() -> None:
 
     title, config = find_config(args.model)
     model = skeleton(config, title)
-    figures = {
-        "model": title,
-        "config": dataclasses.asdict(config),
-        "parameters": config.parameters | {"total": model.num_parameters()},
-        "weight_bytes": {dtype: size * model.num_parameters() for dtype, size in BYTES.items()},
-        "kv_cache_bytes": kv_cache_bytes(config),
-        "flops_per_token": {keys: flops(config, keys) for keys in context_points(config)},
-    }
+    summary = Summary(
+        model=title,
+        config=config,
+        parameters=config.parameters | {"total": model.num_parameters()},
+        weight_bytes={dtype: size * model.num_parameters() for dtype, size in BYTES.items()},
+        kv_cache_bytes=kv_cache_bytes(config),
+        flops_per_token={keys: flops(config, keys) for keys in context_points(config)},
+    )
     if args.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(summary._asdict() | {"config": dataclasses.asdict(config)}, indent=2))
     else:
-        show(figures, model)
+        show(summary, model)
 
 
 def find_config(name: str | None) -> tuple[str, LlamaConfig]:
-    """A title and the config; of a model that is not on the disk, config.json alone is downloaded."""
+    """A title and the config. Of a model that is not on the disk, only config.json is downloaded."""
     from tinyllama import LlamaConfig
     from tinyllama.checkpoints import hub
+    from tinyllama.checkpoints.config_file import config_from_dict, read_config
+    from tinyllama.checkpoints.download import download_config
     from tinyllama.checkpoints.files import read_json
 
     if name in (None, hub.DEFAULT_MODEL):
@@ -77,28 +90,12 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
         if folder is None:
             return "TinyLlama-1.1B (built-in config)", LlamaConfig()
     elif Path(name).expanduser().is_file():
-        return name, LlamaConfig.from_dict(read_json(Path(name).expanduser()), where=name)
+        return name, config_from_dict(read_json(Path(name).expanduser()), where=name)
     elif not Path(name).expanduser().is_dir() and hub.is_repository(name) and not hub.on_disk(name):
-        return name, LlamaConfig.from_dict(read_json(download_config(name)), where=name)
+        return name, config_from_dict(read_json(download_config(name)), where=name)
     else:
         folder = hub.resolve(name)
-    return str(folder), LlamaConfig.from_folder(folder)
-
-
-def download_config(repo_id: str) -> Path:
-    """config.json in the Hub's own cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    from tinyllama.checkpoints.hub import ask_hub, one_line
-
-    commit = ask_hub(repo_id, None).sha
-    try:
-        return Path(hf_hub_download(repo_id, "config.json", revision=commit))
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"{repo_id}: no config.json to be had ({one_line(error)}); check the name"
-        ) from error
+    return str(folder), read_config(folder)
 
 
 def skeleton(config: LlamaConfig, title: str) -> Llama:
@@ -117,7 +114,7 @@ def skeleton(config: LlamaConfig, title: str) -> Llama:
 
 
 def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Bytes of keys and values in all layers: for a token and for a full context, at three head counts."""
+    """Bytes of all layers' keys and values: for one token and for a full context, at three head counts."""
     K, H = config.num_key_value_heads, config.num_attention_heads
     return {
         name: {"kv_heads": heads}
@@ -144,33 +141,33 @@ def flops(config: LlamaConfig, keys: int) -> int:
     return 2 * (parts["attention"] + parts["mlp"] + head + attending)
 
 
-def show(figures: dict[str, Any], model: Llama) -> None:
+def show(summary: Summary, model: Llama) -> None:
     """The module tree and the figures, for a reader."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    print(f"{terminal.visible(figures['model'])}\n\n{model}\n")
+    print(f"{terminal.visible(summary.model)}\n\n{model}\n")
 
     fields = table("Config", "value")
-    for name, value in figures["config"].items():
+    for name, value in dataclasses.asdict(summary.config).items():
         fields.add_row(name, str(value))
 
-    parts = figures["parameters"]
+    parts = summary.parameters
     parameters = table("Parameters", "number", "share")
     for part, number in parts.items():
         parameters.add_row(part, f"{number:,}", f"{number / parts['total']:.1%}")
 
     weights = table("Weights", "bytes")
-    for dtype, size in figures["weight_bytes"].items():
+    for dtype, size in summary.weight_bytes.items():
         weights.add_row(dtype, f"{size:,}")
 
     cache = table("KV cache, bytes", "KV heads", "float32 token", "context", "bfloat16 token", "context")
     spans = ("float32 token", "float32 context", "bfloat16 token", "bfloat16 context")
-    for name, numbers in figures["kv_cache_bytes"].items():
+    for name, numbers in summary.kv_cache_bytes.items():
         cache.add_row(name, str(numbers["kv_heads"]), *(f"{numbers[span]:,}" for span in spans))
 
     work = table("FLOPs a token", "number")
-    for keys, number in figures["flops_per_token"].items():
+    for keys, number in summary.flops_per_token.items():
         work.add_row(f"{keys - 1:,} tokens before it", f"{number:,}")
 
     for each in (fields, parameters, weights, cache, work):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.config import LlamaConfig
 from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
@@ -22,7 +23,7 @@ LLAMA3_SCALING = {
 
 def tiny_config(**changes: Any) -> LlamaConfig:
     """Four layers, eight heads in two groups."""
-    return LlamaConfig.from_dict({**TINY, **changes})
+    return config_from_dict({**TINY, **changes})
 
 
 def tiny_model(

@@ -6,6 +6,7 @@ import pytest
 
 import tinyllama
 from tests.text.tiny_tokenizers import DOWNLOADED
+from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.checkpoints.hub import weights_folder
 from tinyllama.config import LlamaConfig
 from tinyllama.text.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def test_the_replies_decode_to_the_notebook_s_texts(golden, tokenizer):
 
 
 def test_config_and_parameters(golden):
-    config = LlamaConfig.from_dict(golden["config"])
+    config = config_from_dict(golden["config"])
     assert config == LlamaConfig()
     assert sum(config.parameters.values()) == golden["num_parameters"]
 

@@ -5,8 +5,8 @@ from .attention import eager as eager
 from .attention import sdpa as sdpa
 from .cache import KVCache as KVCache
 from .checkpoints.hub import resolve as resolve
+from .checkpoints.load import load as load
 from .checkpoints.load import load_model as load_model
-from .checkpoints.loading import load as load
 from .config import LlamaConfig as LlamaConfig
 from .config import RopeScaling as RopeScaling
 from .errors import InputError as InputError

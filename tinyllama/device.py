@@ -1,4 +1,4 @@
-"""Where a model computes, in what dtype, whether it fits, and what figures were measured on."""
+"""Devices, dtypes, free memory, and a description of the machine for reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:
-        InputError: there is no such device here. Never another one in its place.
+        InputError: there is no such device here. Another is never used in its place.
     """
     try:
         found = torch.device(device)
@@ -57,10 +56,10 @@ def check_memory(
     device: torch.device,
     advice: str = "use a 16-bit dtype, a smaller model or shorter texts",
 ) -> None:
-    """Refuse something of more bytes than the device has free, before it is made.
+    """Refuse to make something that needs more bytes than the device has free.
 
     Raises:
-        InputError: with both numbers.
+        InputError: it does not fit; the message has both numbers.
     """
     free = free_memory(device)
     if free is not None and needed > free:
@@ -70,7 +69,7 @@ def check_memory(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be taken on the device, or None where the system does not say."""
+    """The device's free bytes, or None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -80,8 +79,8 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU, and the versions that compute; None for what is not there."""
+def machine() -> dict[str, str | int | None]:
+    """Processor, cores, threads, GPU and versions of this machine; None for what it lacks."""
     return {
         "cpu": _processor(),
         "cores": os.cpu_count(),

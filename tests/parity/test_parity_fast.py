@@ -363,7 +363,7 @@ def test_scales_of_four_bits_pass_as_a_computation_and_fail_as_a_rounding(monkey
         scales = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
         return (groups / scales.float()).round().to(torch.int8).flatten(1), scales.squeeze(-1)
 
-    monkeypatch.setattr("tinyllama.fast.storage.quantise", quantise)
+    monkeypatch.setattr("tinyllama.checkpoints.storage.quantise", quantise)
     one = judged("int8")
     assert one.case().failures == []
     texts = {"random ids": IDS}

@@ -465,7 +465,7 @@ def test_a_chat_at_a_terminal(loaded, tmp_path):
 
 def test_tinyllama_is_summarised_without_weights_or_network(run_script, monkeypatch):
     monkeypatch.setattr(tinyllama.checkpoints.hub, "on_disk", lambda repo_id: None)
-    monkeypatch.setattr(tinyllama.checkpoints.hub, "ask_hub", None)
+    monkeypatch.setattr(tinyllama.checkpoints.download, "ask_hub", None)
     status, out, err = run_script("summary")
     assert (status, err) == (0, "")
     assert out.startswith("TinyLlama-1.1B (built-in config)\n")
@@ -537,8 +537,8 @@ def test_of_a_model_on_the_hub_the_config_alone_is_downloaded(run_script, monkey
         sha = "c0ffee"
 
     monkeypatch.setattr(tinyllama.checkpoints.hub, "on_disk", lambda repo_id: None)
-    monkeypatch.setattr(tinyllama.checkpoints.hub, "ask_hub", lambda repo_id, revision: Info)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(tinyllama.checkpoints.download, "ask_hub", lambda repo_id, revision: Info)
+    monkeypatch.setattr(tinyllama.checkpoints.download, "hf_hub_download", download)
     status, out, _ = run_script("summary", "some/model", "--json")
     assert (status, json.loads(out)["model"]) == (0, "some/model")
     assert asked == [("some/model", "config.json", "c0ffee")]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
+from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.embedded import LAYER_TENSORS
-from tinyllama.checkpoints.load import find_tensors
+from tinyllama.checkpoints.headers import find_tensors
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 
@@ -42,7 +43,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> int:
         raise InputError("gguf is not installed: pip install gguf")
     import gguf
 
-    config = LlamaConfig.from_folder(folder)
+    config = read_config(folder)
     if config.rope_scaling is not None:
         raise InputError("rope_scaling: cannot be written as GGUF here; use a shape without it")
     quantisation = gguf.GGMLQuantizationType[kind]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinyllama.bench.gguf_file import write_gguf
 from tinyllama.bench.llama_cpp_api import open_llama_cpp, require_llama_cpp
 from tinyllama.bench.names import GGUF_KINDS, Mode
-from tinyllama.config import LlamaConfig
+from tinyllama.checkpoints.config_file import read_config
 from tinyllama.errors import InputError
 from tinyllama.lab.perplexity import perplexity
 from tinyllama.parity import texts
@@ -121,7 +121,7 @@ def _llama_cpp(name: str, folder: Path, scratch: Path) -> Logits:
     require_llama_cpp()
     path = scratch / f"{name}.gguf"
     write_gguf(folder, path, GGUF_KINDS[name])
-    context = LlamaConfig.from_folder(folder).max_position_embeddings
+    context = read_config(folder).max_position_embeddings
     model = open_llama_cpp(path, context, torch.get_num_threads(), logits_all=True)
 
     def logits(ids: Sequence[int]) -> Tensor:

@@ -1,16 +1,15 @@
-"""Reading and writing files with care: regular files only, JSON objects, one writer, room on the disk."""
+"""Reading regular files of limited size, and making files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
@@ -20,24 +19,27 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run any code
 
+UNFINISHED = ".unfinished-"  # before the name of a folder that is not complete yet
+
 AGAIN = "download the checkpoint again"
 
-# Of a checkpoint's JSON files the tokenizer's is the largest: Llama 3's has 9 MB.
-MAX_JSON_BYTES = 64 << 20
+# The largest text file of a checkpoint is the tokenizer's: Llama 3's has 9 MB.
+MAX_TEXT_BYTES = 64 << 20
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file.
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first `count` bytes of a regular file, or all of a shorter one.
 
     Raises:
-        InputError: it is absent, unreadable, empty, no regular file, or a Git LFS pointer to the real one.
+        InputError: it is absent, unreadable, empty, no regular file, or a Git-LFS pointer to the real one.
     """
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; a checkpoint folder needs it, {AGAIN}")
     if not os.path.isfile(path):  # before opening: a FIFO would block
         raise InputError(f"{path}: expected a regular file, found something else; {AGAIN}")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
     if data.startswith(b"version https://git-lfs"):
@@ -47,20 +49,24 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file of at most MAX_TEXT_BYTES; raises InputError as `first_bytes` does."""
+    data = first_bytes(path, MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        size = path.stat().st_size
+        raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes, got {size}; {AGAIN}")
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: as `read_bytes`, or the file does not hold a JSON object.
+        InputError: the file cannot be read, or does not hold a JSON object.
     """
-    if os.path.isfile(path) and path.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(
-            f"{path}: expected at most {MAX_JSON_BYTES} bytes, got {path.stat().st_size}; {AGAIN}"
-        )
+    data = read_bytes(path)
     try:
-        values = json.loads(read_bytes(path))
-    except InputError:
-        raise
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
     if not isinstance(values, dict):
@@ -68,38 +74,65 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-@contextmanager
-def sole_writer(folder: Path, doing: str) -> Iterator[None]:
-    """Hold the lock on making `folder`; where another process has it, say so in one line and wait."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+def one_line(error: Exception) -> str:
+    """The start of the error's first line, or its class if it has no text."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep: bool = False) -> None:
+    """Make a folder unless it exists: it appears whole or not at all.
+
+    If two processes want it, one makes it; the other prints one line and waits.
+
+    Args:
+        folder: what to make.
+        fill: is given another path, makes the folder there and fills it; then it is renamed to `folder`.
+        doing: what the line of a waiting process says, for example "downloading org/name".
+        keep: whether an unfinished folder stays for the next attempt if `fill` fails.
+
+    Raises:
+        InputError: nothing can be written there, or the disk is full.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            note(f"another process is {doing}: waiting for it")
-            lock.acquire()
+        with _lock(folder.with_name(f".{folder.name}.lock"), doing):
+            if folder.exists():
+                return
+            if not keep:
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
+            try:
+                fill(unfinished)
+                unfinished.rename(folder)
+            finally:
+                if not keep:
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"{folder.parent}: cannot be written ({error.strerror}); make it writable"
+            f"{folder}: cannot be written ({error.strerror or one_line(error)}); "
+            "make room there, or make it writable"
         ) from error
+
+
+def _lock(path: Path, doing: str) -> AcquireReturnProxy:
+    """Take a lock file for as long as the result, a context, lasts."""
+    lock = FileLock(path)
     try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire(timeout=0)
+    except Timeout:
+        note(f"another process is {doing}: waiting for it")
+        return lock.acquire()
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise InputError where the disk of `folder` (whose parent exists) has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder.parent).free
+    """Raise InputError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(
-            f"{folder.parent}: {what} needs {needed:,} bytes of disk, {free:,} are free; free some space"
-        )
+        raise InputError(f"{folder}: {what} needs {needed:,} bytes of disk, {free:,} are free; make room")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file by renaming a finished one over it: an old file stays whole whatever happens.
+    """Write a text file by renaming a finished one over it, so that no failure damages the old file.
 
     Raises:
         InputError: it cannot be written.

@@ -1,12 +1,11 @@
-"""Official safetensors checkpoints -> a loaded model: strictly, with one copy of the weights in memory.
+"""A model's name -> the model and its tokenizer, with one copy of the weights in memory.
 
-Everything is checked before memory is taken: paths, headers, names, shapes, dtypes, free memory.
+Everything is checked before memory is taken: paths, headers, names, shapes, dtypes and free memory.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,63 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tinyllama.checkpoints.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
-from tinyllama.checkpoints.tensor_file import StoredTensor, read_header
+from tinyllama.checkpoints.config_file import read_config
+from tinyllama.checkpoints.files import AGAIN, one_line
+from tinyllama.checkpoints.headers import StoredTensor, find_tensors
+from tinyllama.checkpoints.hub import resolve
+from tinyllama.checkpoints.storage import Storage, compile_steps, speed_up, start
 from tinyllama.cli.terminal import byte_progress
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
-from tinyllama.fast.storage import Storage, speed_up, start
 from tinyllama.kernels import kernel
 from tinyllama.model import Llama
-
-SHARD = re.compile(r"[\w.-]+\.safetensors")
-
-# Some exporters store RoPE's table, which follows from the config.
-HARMLESS_SUFFIX = "rotary_emb.inv_freq"
+from tinyllama.text.tokenizer import Tokenizer
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    attention: str = "sdpa",
+    weights: str = "exact",
+    threads: int | None = None,
+    compile: bool = False,
+) -> tuple[Llama, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a name on the Hub, a folder, "smollm2" (the embedded model), or None for TinyLlama-1.1B-Chat.
+        device: see `load_model`.
+        dtype: see `load_model`.
+        attention: see `load_model`.
+        weights: see `load_model`.
+        threads: how many threads compute, in all of PyTorch; None leaves it as it is (all cores).
+        compile: take decode steps as one compiled graph, for long texts on a GPU; see `fast.graph`.
+
+    Raises:
+        InputError: the model cannot be found or used; the message says why and what to do.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: expected 1 or more, got {threads}")
+    folder = resolve(name)
+    tokenizer = Tokenizer.from_folder(folder)
+    vocab_size = read_config(folder).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
+            "put the model's own tokenizer there"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load_model(folder, device=device, dtype=dtype, attention=attention, weights=weights)
+    if compile:
+        compile_steps(model)
+    return model, tokenizer
 
 
 def load_model(
@@ -46,8 +85,8 @@ def load_model(
     """Load a checkpoint folder.
 
     Peak memory is one copy of the weights and one tensor as stored. On the CPU, weights that stay as they are
-    stored are the file's own pages, mapped: replace such a file by renaming another over it, for one that is
-    cut short under a running model kills the process (SIGBUS).
+    stored are the file's own pages, mapped: a file that is cut short under a running model kills the process
+    (SIGBUS), so replace it only by renaming another over it.
 
     Args:
         folder: holds config.json and model.safetensors, or an index and its shards.
@@ -63,18 +102,15 @@ def load_model(
     """
     folder, device, dtype = Path(folder), usable_device(device), floating_dtype(dtype)
     chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
-    config = LlamaConfig.from_folder(folder)
+    config = read_config(folder)
     stored = find_tensors(folder)
-    _check_layers(config, stored, folder)
+    model = _skeleton(config, stored, folder)
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
     claims = storage.claims({tensor.dtype for tensor in stored.values()}) if device.type == "cpu" else []
     start(claims)
     check_memory("the model", int(sum(config.parameters.values()) * storage.itemsize(widest)), device)
-    with torch.device("meta"), _Unfilled():
-        model = Llama(config)
-    _check_tensors(model, stored, folder)
 
-    with byte_progress(f"loading {folder.name}", sum(t.end - t.start for t in stored.values())) as advance:
+    with byte_progress(f"loading {folder.name}", sum(t.nbytes for t in stored.values())) as advance:
         state = {}
         matrices = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
         if config.tie_word_embeddings:
@@ -83,11 +119,11 @@ def load_model(
             name: storage.dtype_of(tensor.dtype) if name in (matrices | {EMBEDDING, HEAD}) else dtype
             for name, tensor in stored.items()
         }
-        for name, values in _read(stored, device, dtypes):
+        for name, values in _read(stored, device, dtypes, rounded=storage.kind == "int8"):
             state[name] = values
             if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
-            advance(stored[name].end - stored[name].start)
+            advance(stored[name].nbytes)
     if config.tie_word_embeddings:
         head = state.setdefault(HEAD, state["embed_tokens.weight"])
         if not torch.equal(head, state["embed_tokens.weight"]):
@@ -125,92 +161,24 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder under the name it has in the model, from the headers alone.
+def _skeleton(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path) -> Llama:
+    """The config's model without weights, if its tensors are exactly the stored ones."""
+    # At most one layer more than the weights have is made: a config may claim a billion.
+    found = {name.split(".")[1] for name in stored if name.startswith("layers.")}
+    layers = min(config.num_hidden_layers, len(found) + 1)
+    with torch.device("meta"), _Unfilled():
+        model = Llama(dataclasses.replace(config, num_hidden_layers=layers))
 
-    Raises:
-        InputError: a file is missing, unsafe or malformed, or index and shards disagree.
-    """
-    # Links that lead nowhere count as present: then the message is about them.
-    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
-    if single and index:
-        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if single:
-        found = read_header(_safe_file(folder, SINGLE))
-    elif index:
-        found = _sharded(folder)
-    else:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-        what = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "neither"
-        raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, found {what}; {AGAIN}")
-
-    stored: dict[str, StoredTensor] = {}
-    for key, tensor in found.items():
-        name = key.removeprefix("model.")
-        if name in stored:
-            raise InputError(f"{tensor.path}: {key!r} and {stored[name].key!r} are the same tensor; {AGAIN}")
-        if not key.endswith(HARMLESS_SUFFIX):
-            stored[name] = tensor
-    return stored
-
-
-def _sharded(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards, each where the index says."""
-    index = _safe_file(folder, INDEX)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f"{index}: expected an object `weight_map` from tensor to file; {AGAIN}")
-    shards = sorted(set(weight_map.values()))
-    unsafe = [shard for shard in shards if not SHARD.fullmatch(shard)]
-    if unsafe:
-        raise InputError(f"{index}: expected plain names of .safetensors files, got {unsafe[0]!r}; {AGAIN}")
-    absent = [shard for shard in shards if not os.path.lexists(folder / shard)]
-    if absent:
-        raise InputError(f"{folder}: missing {', '.join(absent)}, which {INDEX} lists; {AGAIN}")
-
-    found: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for key, tensor in read_header(_safe_file(folder, shard)).items():
-            if key in found:
-                raise InputError(f"{folder}: {key!r} is in both {found[key].path.name} and {shard}; {AGAIN}")
-            found[key] = tensor
-    for key in sorted(weight_map.keys() | found.keys()):
-        listed, lies = weight_map.get(key, "no file"), found[key].path.name if key in found else "none"
-        if listed != lies:
-            raise InputError(f"{index}: {key!r} is listed in {listed}, but lies in {lies}; {AGAIN}")
-    return found
-
-
-def _safe_file(folder: Path, name: str) -> Path:
-    """The file of that name in the folder, unless it is a link that leaves it."""
-    path, home = folder / name, Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots":  # the Hub's cache links snapshots/<commit>/<name> to blobs/<hash>
-        allowed.append(home.parent.parent / "blobs")
-    real = Path(os.path.realpath(path))
-    if real.parent not in allowed:
-        raise InputError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
-    return path
-
-
-def _check_layers(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path) -> None:
-    # Before the model is made, which for a billion layers would never end.
-    layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
-    if len(layers) != config.num_hidden_layers:
-        raise InputError(
-            f"{folder}: config.json has {config.num_hidden_layers} layers, the weights {len(layers)}; {AGAIN}"
-        )
-
-
-def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = {HEAD} if model.config.tie_word_embeddings else set()
+    optional = {HEAD} if config.tie_word_embeddings else set()
     missing = sorted(expected.keys() - stored.keys() - optional)
-    extra = sorted(stored.keys() - expected.keys())
+    extra = sorted(stored[name].key for name in stored.keys() - expected.keys())
     if missing or extra:
+        names = [name if name == HEAD else f"model.{name}" for name in missing]
         raise InputError(
-            f"{folder}: the weights do not fit config.json: missing {', '.join(missing) or 'nothing'}; "
-            f"not known {', '.join(map(repr, extra)) or 'nothing'}; {AGAIN}"
+            f"{folder}: the weights do not fit config.json, which has {config.num_hidden_layers} layers: "
+            f"missing {', '.join(names) or 'nothing'}; not known {', '.join(map(repr, extra)) or 'nothing'}; "
+            f"{AGAIN}"
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
@@ -218,10 +186,11 @@ def _check_tensors(model: Llama, stored: dict[str, StoredTensor], folder: Path) 
                 f"{tensor.path}: {tensor.key} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(expected[name])}; {AGAIN}"
             )
+    return model
 
 
 def _read(
-    stored: dict[str, StoredTensor], device: torch.device, dtypes: dict[str, torch.dtype]
+    stored: dict[str, StoredTensor], device: torch.device, dtypes: dict[str, torch.dtype], rounded: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the device as it is to be kept, found finite."""
     files: dict[Path, Any] = {}
@@ -230,12 +199,13 @@ def _read(
         try:
             # A file's pages that were read count as ours until it is closed. Where they are the weights, one
             # opening serves all; where they are converted, they must go before the next tensor comes.
-            if tensor.path not in files or tensor.dtype != dtype:
+            if tensor.path not in files or tensor.dtype != dtype or rounded:
                 files = {tensor.path: safe_open(tensor.path, framework="pt")}
             values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{tensor.path}: {tensor.key} cannot be loaded ({reason}); {AGAIN}") from error
+            raise InputError(
+                f"{tensor.path}: {tensor.key} cannot be loaded ({one_line(error)}); {AGAIN}"
+            ) from error
         low, high = values.aminmax()  # one pass; NaN wins both
         if not (low.isfinite() and high.isfinite()):
             raise InputError(

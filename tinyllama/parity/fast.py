@@ -21,7 +21,7 @@ from tinyllama.fast import native
 from tinyllama.fast.attention import compiled_sdpa
 from tinyllama.fast.build import GROUP
 from tinyllama.fast.linear import Int8Linear, widened
-from tinyllama.fast.storage import Storage
+from tinyllama.checkpoints.storage import Storage
 from tinyllama.hooks import shape
 from tinyllama.model import Llama
 from tinyllama.parity.divergence import Run

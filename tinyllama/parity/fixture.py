@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.config import LlamaConfig
+from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.model import Llama
 
 # Four layers, eight heads in two groups.
@@ -46,7 +46,7 @@ def unit_gain_(model: Llama, seed: int = 0) -> Llama:
 
 def fixture(seed: int = 0, **changes: Any) -> Llama:
     """A tiny float32 model with unit-gain weights; `changes` are fields of config.json."""
-    return unit_gain_(Llama(LlamaConfig.from_dict({**TINY, **changes})), seed).eval()
+    return unit_gain_(Llama(config_from_dict({**TINY, **changes})), seed).eval()
 
 
 def random_ids(length: int, vocab_size: int, seed: int = 0) -> list[int]:

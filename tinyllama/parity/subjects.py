@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.load import load_model
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
@@ -121,7 +122,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """From its config."""
-        return sum(LlamaConfig.from_folder(self.folder).parameters.values())
+        return sum(read_config(self.folder).parameters.values())
 
     def model(self, dtype: str) -> Llama:
         """Load it; float64 holds float32's weights, so that one truth serves both."""
@@ -152,7 +153,7 @@ class Checkpoint:
 
     @property
     def _context(self) -> int:
-        return LlamaConfig.from_folder(self.folder).max_position_embeddings
+        return read_config(self.folder).max_position_embeddings
 
     def prompts(self) -> list[list[int]]:
         """The same for every model."""

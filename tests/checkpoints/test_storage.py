@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.shapes import TINY, some_ids
+from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.checkpoints.files import SINGLE
 from tinyllama.checkpoints.load import load_model
-from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.fast import build
 from tinyllama.fast.linear import FastLinear, Int8Linear, widened
-from tinyllama.fast.storage import KINDS
+from tinyllama.checkpoints.storage import KINDS
 from tinyllama.generation import generate
 from tinyllama.hooks import capture
 from tinyllama.model import Llama
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 def write(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
     """A checkpoint folder of unit-gain weights, stored in that dtype."""
     fields = {**FIELDS, **changes}
-    model = unit_gain_(Llama(LlamaConfig.from_dict(fields)))
+    model = unit_gain_(Llama(config_from_dict(fields)))
     tied = bool(changes.get("tie_word_embeddings"))
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": tensor.detach().to(dtype)

@@ -1,4 +1,7 @@
-"""How a model keeps its matrices in memory: exactly as it computes, or in fewer bits for speed."""
+"""How a model keeps its matrices in memory: exactly as it computes, or in fewer bits for speed.
+
+This is the one place that imports `tinyllama.fast`. Where that folder is missing, weights stay exact.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,28 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tinyllama.attention import sdpa
-from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
-from tinyllama.fast import attention, build, linear, native
-from tinyllama.fast.build import GROUP, BuildError
-from tinyllama.fast.claims import Claim
-from tinyllama.fast.linear import FastLinear, Int8Linear, SplitLinear, quantise
 from tinyllama.model import Llama
+from tinyllama.cli.terminal import note
+
+if TYPE_CHECKING:
+    from tinyllama.fast.claims import Claim
+
+try:
+    from tinyllama.fast import attention, build, linear, native
+    from tinyllama.fast.graph import CompiledStep
+
+    HAS_FAST = True
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("tinyllama.fast"):
+        raise
+    HAS_FAST = False
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("exact", "stored", *FLOATS, "int8")
@@ -40,10 +53,12 @@ class Storage:
         """That kind; for "stored", which asks for speed alone, "exact" where there is none to be had.
 
         Raises:
-            InputError: there is no such kind.
+            InputError: there is no such kind, or it needs the folder fast/, which is missing.
         """
         if kind not in KINDS:
             raise InputError(f"weights: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if not HAS_FAST and kind not in ("exact", "stored"):
+            raise InputError(f"weights: {kind} needs the folder tinyllama/fast, which is missing; use exact")
         if kind == "stored" and (device.type != "cpu" or dtype == torch.float64 or not _has_compiler()):
             kind = "exact"
         return Storage(kind, dtype)
@@ -58,7 +73,7 @@ class Storage:
 
     def itemsize(self, stored: torch.dtype) -> float:
         """Bytes that a weight of a matrix takes in memory."""
-        return 1 + 2 / GROUP if self.kind == "int8" else self.dtype_of(stored).itemsize
+        return 1 + 2 / build.GROUP if self.kind == "int8" else self.dtype_of(stored).itemsize
 
     def linear(self, weight: Tensor) -> nn.Module:
         """The layer that keeps such a matrix.
@@ -67,15 +82,18 @@ class Storage:
             InputError: for "int8", its rows cannot be divided into groups.
         """
         if self.kind != "int8":
-            return FastLinear(weight)
-        if weight.shape[1] % GROUP:
+            return linear.FastLinear(weight)
+        if weight.shape[1] % build.GROUP:
             raise InputError(
-                f"weights: int8 needs rows that are a multiple of {GROUP}, got {weight.shape[1]}; use stored"
+                f"weights: int8 needs rows that are a multiple of {build.GROUP}, got {weight.shape[1]}; "
+                "use stored"
             )
-        return Int8Linear(*quantise(weight))
+        return linear.Int8Linear(*linear.quantise(weight))
 
     def claims(self, stored: Iterable[torch.dtype]) -> list[Claim]:
-        """What compiled code a model on the CPU will use, whose matrices have those dtypes in the file."""
+        """The faster code that a model on the CPU uses, whose matrices have those dtypes in the file."""
+        if not HAS_FAST:
+            return []
         if self.kind == "exact":
             return [linear.split_claim()] if self.dtype.itemsize >= 4 else []
         if self.dtype == torch.float64:
@@ -87,21 +105,23 @@ class Storage:
 
 def start(claims: list[Claim]) -> None:
     """Begin to compile what the claims need, and say so if it is not there yet; does not wait."""
+    builds = [claim.build for claim in claims if claim.build is not None]
     try:
-        builds = [claim.build for claim in claims if claim.build is not None]
         for one in builds:
             one.start()
-        if not all(one.library for one in builds):
-            note("compiling matrix products and attention for this processor; it is done once")
-    except BuildError:
-        pass  # the claims will say it
+    except build.BuildError:
+        return  # the claims will say it
+    if not all(one.library for one in builds):
+        note("compiling matrix products and attention for this processor; it is done once")
 
 
 def speed_up(model: Llama, claims: list[Claim]) -> None:
     """Let a model on the CPU use the faster code whose claims hold, checked now and at each generation."""
+    if not claims:
+        return
     for module in model.modules():
         if type(module) is nn.Linear and linear.split_claim() in claims:
-            module.__class__ = SplitLinear
+            module.__class__ = linear.SplitLinear
     for layer in model.attentions:
         if layer.kernel is sdpa and any(attention.claim(dtype) in claims for dtype in native.ACTIVATIONS):
             layer.kernel = attention.compiled_sdpa
@@ -111,15 +131,29 @@ def speed_up(model: Llama, claims: list[Claim]) -> None:
     model.begin = partial(_check, claims)  # type: ignore[method-assign]
 
 
+def compile_steps(model: Llama) -> None:
+    """Let the model take decode steps as one compiled graph, for long texts on a GPU.
+
+    Raises:
+        InputError: the folder fast/ is missing.
+    """
+    if not HAS_FAST:
+        raise InputError("compile: needs the folder tinyllama/fast, which is missing; leave it out")
+    model.step = CompiledStep(model)
+
+
 def _check(claims: list[Claim]) -> None:
     for claim in claims:
         claim.check()
 
 
 def _has_compiler() -> bool:
+    if not HAS_FAST:
+        note("weights stay exact: the folder tinyllama/fast is missing")
+        return False
     try:
         build.compiler()
-    except BuildError as error:
+    except build.BuildError as error:
         note(f"weights stay exact, at half the speed or less: {error}")
         return False
     return True
