@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama.bench.peers import DEFAULT, NAMES
+from tinyllama.bench.peers import DEFAULT, NAMES, require
 from tinyllama.cli import options
 from tinyllama.cli.terminal import note, run
 
@@ -51,9 +51,7 @@ def main() -> int:
     """Measure, print a table or JSON, and draw."""
     args = parse()
     if args.png is not None:
-        from tinyllama.bench.chart import require_matplotlib
-
-        require_matplotlib()
+        require("matplotlib", "pip install matplotlib, or leave --png out")
     with tempfile.TemporaryDirectory(prefix="tinyllama-bench-") as scratch:
         results = measure(args, Path(scratch))
     if args.json == "-":

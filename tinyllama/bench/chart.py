@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama.bench.peers import MODES, require
+from tinyllama.bench.peers import MODES
 from tinyllama.bench.results import PeerResult, Results
 from tinyllama.errors import InputError
 
@@ -15,18 +15,12 @@ OURS, TRANSFORMERS, LLAMA_CPP = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT = "#222222", "#999999"
 
 
-def require_matplotlib() -> None:
-    """Raise InputError, before anything is measured for a chart, if matplotlib is not installed."""
-    require("matplotlib", "pip install matplotlib, or leave --png out")
-
-
 def write_png(path: Path, found: Results) -> None:
     """Draw the speeds into a PNG file: bars are medians, lines go from the slowest to the fastest round.
 
     Raises:
-        InputError: matplotlib is not installed, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 

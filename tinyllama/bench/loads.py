@@ -1,4 +1,4 @@
-"""Loads in fresh processes: from the checkpoint's files to a first token, and the memory that takes.
+"""Loads in fresh processes: the time from the checkpoint's files to a first token, and the memory it takes.
 
 A process is `python -m tinyllama.bench.loads NAME SETUP`, SETUP as JSON; it prints its `Load` as JSON.
 """
@@ -26,7 +26,7 @@ STATUS = Path("/proc/self/status")
 
 
 def measure_loads(names: Sequence[str], setup: Setup, rounds: int) -> dict[str, Load]:
-    """The median load of each peer, in turn; one round more comes first and warms the file cache up."""
+    """The median load of each peer, measured in turn; one more round comes first, for the file cache."""
     if rounds == 0:
         return {}
     taken: dict[str, list[Load]] = {name: [] for name in names}

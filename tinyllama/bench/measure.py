@@ -127,7 +127,11 @@ def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def load_peers(names: Sequence[str], setup: Setup) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that could be loaded, and for the others the reason why not."""
+    """The peers that could be loaded, and for the others the reason why not.
+
+    Raises:
+        InputError: no peer could be loaded.
+    """
     peers, left_out = [], {}
     with step_progress(len(names)) as step:
         for name in names:
@@ -138,7 +142,36 @@ def load_peers(names: Sequence[str], setup: Setup) -> tuple[list[Peer], dict[str
             except InputError as error:
                 left_out[name] = str(error)
             step(f"load {name}")
+    if not peers:
+        raise InputError(f"peers: none can be measured: {'; '.join(left_out.values())}")
     return peers, left_out
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """One value for each round."""
+
+    speeds: dict[str, dict[Figure, list[float]]]  # tokens a second by peer
+    read: list[float]  # bytes a second, beside each figure
+    products: dict[str, list[float]]  # floating-point operations a second by dtype
+
+
+def interleave(peers: Sequence[Peer], plan: Plan, limits: Limits) -> Rounds:
+    """In each round measure each figure of each peer, and the machine's limits beside them."""
+    with step_progress((plan.rounds + 1) * len(plan.figures)) as step:
+        for turn in range(plan.rounds + 1):
+            if turn < 2:  # what the first round gave is dropped: it warms up
+                found = Rounds({peer.name: {} for peer in peers}, [], {dtype: [] for dtype in DTYPES})
+            for dtype, rates in found.products.items():
+                rates.append(limits.product_rate(dtype))
+            for figure in plan.figures:
+                found.read.append(limits.read_bandwidth())
+                for peer in peers:
+                    if peer.batches or figure.kind != "batch of":
+                        speed = figure.speed(peer, plan.steps)
+                        found.speeds[peer.name].setdefault(figure, []).append(speed)
+                step(f"{figure}, round {turn} of {plan.rounds}" if turn else f"{figure}, warm-up")
+    return found
 
 
 def measure_speeds(run: Run, names: Sequence[str], setup: Setup, plan: Plan, limits: Limits) -> Results:
@@ -147,44 +180,13 @@ def measure_speeds(run: Run, names: Sequence[str], setup: Setup, plan: Plan, lim
     rounds = interleave(peers, plan, limits)
     loads = measure_loads([peer.name for peer in peers], setup, plan.load_rounds)
     bandwidth = Rate.of(rounds.read)
-    products = {dtype: Rate.of(rates) for dtype, rates in rounds.products.items()}
     results = []
     for peer in peers:
-        speeds = {figure: Rate.of(values) for figure, values in rounds.speeds[peer.name].items()}
-        shares = {
-            str(figure): rate.median
-            * (peer.weight_bytes + figure.size * peer.cached_bytes)
-            / bandwidth.median
-            for figure, rate in speeds.items()
-            if figure.kind == "decode at"
-        }
-        by_name = {str(figure): rate for figure, rate in speeds.items()}
-        results.append(PeerResult(peer.name, by_name, shares, loads.get(peer.name)))
+        speeds = {str(figure): Rate.of(values) for figure, values in rounds.speeds[peer.name].items()}
+        shares = {}
+        for context in plan.contexts:
+            figure, size = str(Figure("decode at", context)), peer.weight_bytes + context * peer.cached_bytes
+            shares[figure] = speeds[figure].median * size / bandwidth.median
+        results.append(PeerResult(peer.name, speeds, shares, loads.get(peer.name)))
+    products = {dtype: Rate.of(rates) for dtype, rates in rounds.products.items()}
     return Results(run, bandwidth, products, left_out, peers=results)
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """What the rounds gave, without the warm-up."""
-
-    speeds: dict[str, dict[Figure, list[float]]]  # tokens a second by peer
-    read: list[float]  # bytes a second
-    products: dict[str, list[float]]  # floating-point operations a second by dtype
-
-
-def interleave(peers: Sequence[Peer], plan: Plan, limits: Limits) -> Rounds:
-    """In each round measure each figure of each peer, and the machine's limits beside them."""
-    rounds = Rounds({peer.name: {} for peer in peers}, [], {})
-    with step_progress((plan.rounds + 1) * len(plan.figures)) as step:
-        for turn in range(plan.rounds + 1):
-            counts = turn > 0  # the first round warms up
-            for dtype in DTYPES:
-                rounds.products.setdefault(dtype, []).extend([limits.product_rate(dtype)] * counts)
-            for figure in plan.figures:
-                rounds.read.extend([limits.read_bandwidth()] * counts)
-                for peer in peers:
-                    if peer.batches or figure.kind != "batch of":
-                        speed = figure.speed(peer, plan.steps)
-                        rounds.speeds[peer.name].setdefault(figure, []).extend([speed] * counts)
-                step(f"{figure}, round {turn} of {plan.rounds}" if turn else f"{figure}, warm-up")
-    return rounds

@@ -21,19 +21,12 @@ from tinyllama.cli.terminal import step_progress
 ATTENTION, OTHER = "RoPE, cache and attention", "everything else"
 # The last part of a module's path -> the operation that it is, without the modules inside it.
 OPERATIONS = {
-    "q_proj": "q, k, v, o projections",
-    "k_proj": "q, k, v, o projections",
-    "v_proj": "q, k, v, o projections",
-    "o_proj": "q, k, v, o projections",
-    "gate_proj": "gate, up, down projections",
-    "up_proj": "gate, up, down projections",
-    "down_proj": "gate, up, down projections",
-    "lm_head": "lm_head",
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "q, k, v, o projections"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "gate, up, down projections"),
+    **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), "norms"),
     "self_attn": ATTENTION,
     "mlp": "SwiGLU product",
-    "input_layernorm": "norms",
-    "post_attention_layernorm": "norms",
-    "norm": "norms",
+    "lm_head": "lm_head",
     "embed_tokens": "embedding",
 }
 
