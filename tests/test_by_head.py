@@ -27,9 +27,9 @@ def window(q, k, v, context, size=3, step=1):
 
 def flat(q, k, v, context):
     """All visible keys alike; it has scores and a pattern, but the one does not follow from the other."""
-    visible = context.mask.allowed.expand(-1, q.shape[1], -1, -1).to(q.dtype)
-    context.scores(visible - 1)
-    pattern = context.pattern(visible / visible.sum(-1, keepdim=True).clamp(min=1))
+    mask = context.mask.allowed.expand(-1, q.shape[1], -1, -1).to(q.dtype)
+    context.scores(mask - 1)
+    pattern = context.pattern(mask / mask.sum(-1, keepdim=True).clamp(min=1))
     return pattern @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 

@@ -135,7 +135,7 @@ def test_a_cache_without_room_is_refused_not_overrun():
         stream(model, PROMPTS[0], max_new_tokens=10, cache=model.new_cache(1, 16))
     full = model.new_cache(1, 17)
     full.length = 7
-    with pytest.raises(InputError, match="cache.length: expected less than .* 7 ids, got 7"):
+    with pytest.raises(InputError, match=r"cache\.length: expected less than .* 7 ids, got 7"):
         stream(model, PROMPTS[0], max_new_tokens=10, cache=full)
 
 

@@ -95,8 +95,8 @@ def stream(
         raise InputError(f"cache: expected room for {len(ids) + limit} tokens, got {cache.capacity}")
     if cache.length >= len(ids):
         raise InputError(
-            f"cache.length: expected less than the prompt's {len(ids)} ids, got {cache.length}; set it to how "
-            "many of them the cache holds"
+            f"cache.length: expected less than the prompt's {len(ids)} ids, got {cache.length}; set it to "
+            "how many of them the cache holds"
         )
     return TokenStream(
         _steps(model, [ids], Sampler(**sampling), cache, speculation), limit, ends, speculation

@@ -33,7 +33,7 @@ def set_attention(
     heads: Iterable[int] | None,
     num_heads: int,
 ) -> None:
-    """Let layers and query heads (None: all) attend by `kernel`; the arguments are checked before any changes.
+    """Let layers and query heads (None: all) attend by `kernel`; arguments are checked before any change.
 
     Raises:
         InputError: there is no such layer or head.

@@ -125,7 +125,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def begin(self) -> None:
-        """Called when a generation begins. What made the model fast replaces it, to check itself (see fast/)."""
+        """Called when a generation begins. What makes a model fast puts its own check here; see fast/."""
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""

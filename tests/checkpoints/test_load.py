@@ -30,9 +30,10 @@ from tests.checkpoints.folders import (
 )
 from tests.shapes import tiny_model
 from tinyllama import device
-from tinyllama.attention import KERNELS, Attention
+from tinyllama.attention import Attention
 from tinyllama.checkpoints import load as loading
 from tinyllama.checkpoints.files import SINGLE
+from tinyllama.kernels import KERNELS
 
 
 def test_the_weights_are_the_file_s(tmp_path: Path):

@@ -15,10 +15,10 @@ from tests.shapes import TINY, some_ids
 from tinyllama.checkpoints.config_file import config_from_dict
 from tinyllama.checkpoints.files import SINGLE
 from tinyllama.checkpoints.load import load_model
+from tinyllama.checkpoints.storage import KINDS
 from tinyllama.errors import InputError
 from tinyllama.fast import build
 from tinyllama.fast.linear import FastLinear, Int8Linear, widened
-from tinyllama.checkpoints.storage import KINDS
 from tinyllama.generation import generate
 from tinyllama.hooks import capture
 from tinyllama.model import Llama

@@ -13,8 +13,8 @@ from types import FunctionType
 import pytest
 import torch
 
+from tests.checkpoints.test_storage import write
 from tests.fast.compiled import compiled
-from tests.fast.test_storage import write
 from tests.shapes import some_ids
 from tinyllama import attention
 from tinyllama.checkpoints.load import load_model

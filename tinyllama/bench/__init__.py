@@ -1,1 +1,1 @@
-"""The benchmark: this model beside transformers, llama.cpp and the machine's own limits, in one run."""
+"""How fast it is: our model in each weight mode beside transformers and llama.cpp, in one run."""

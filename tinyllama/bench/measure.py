@@ -1,144 +1,192 @@
-"""Figures round by round: every subject in turn, so that what the machine does meanwhile hits all alike."""
+"""The measurement: every peer in turn, round by round, so that the machine's other work slows all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median, quantiles
-from typing import Protocol
+from statistics import median
 
-Taken = dict[str, dict[str, list[float]]]
+import torch
+from torch.nn import functional as F
+
+from tinyllama.bench.loads import measure_loads
+from tinyllama.bench.peers import Peer, Setup, make_peer
+from tinyllama.bench.results import PeerResult, Rate, Results, Run
+from tinyllama.cli.terminal import step_progress
+from tinyllama.device import usable_device
+from tinyllama.errors import InputError
+
+READ_BYTES = 1_000_000_000  # more than a processor's caches hold
+# Rows, inner size and outer size of the large product: TinyLlama's up projection in a long prefill.
+PRODUCT, GPU_PRODUCT = (1024, 2048, 5632), (8192, 8192, 8192)
+DTYPES = ("float32", "bfloat16")
+PASSES = 3
+# Spins until the process that started it is gone, should that be killed.
+SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured; 0 leaves loads, the prefill or the batch out."""
+
+    rounds: int  # that count; one more comes first, as warm-up
+    load_rounds: int
+    steps: int  # decode steps in each measurement
+    contexts: Sequence[int]  # tokens before these steps
+    prefill: int  # tokens of the prompt
+    rows: int  # texts in the batch
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text; the first decode step is not timed."""
+        return max(max(self.contexts) + self.steps + 1, self.prefill, self.rows)
+
+    @property
+    def figures(self) -> list[Figure]:
+        """What is measured of each peer."""
+        others = [("prefill of", self.prefill), ("batch of", self.rows)]
+        return [
+            *(Figure("decode at", context) for context in self.contexts),
+            *(Figure(kind, size) for kind, size in others if size),
+        ]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What is timed.
-
-    Attributes:
-        kind: "decode", "prefill" or "batch".
-        size: tokens of context before the decode steps, tokens of the prefill, or rows of the batch.
-        steps: how many are timed; a prefill has none.
-        always: in every round; otherwise in the first ones only, for a chart.
-        beside: what is timed just before, of the same subject, for a ratio in which memory, whose speed may
-            change from minute to minute, has no part.
-    """
+    """One figure of every peer: "decode at" a context, "prefill of" a prompt, or "batch of" some texts."""
 
     kind: str
     size: int
-    steps: int = 0
-    always: bool = True
-    beside: Figure | None = None
 
-    @property
-    def key(self) -> str:
-        """`decode@16`."""
-        return f"{self.kind}@{self.size}"
+    def __str__(self) -> str:
+        """`decode at 1,900`."""
+        return f"{self.kind} {self.size:,}"
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens the measured seconds stand for: a step's, or the whole prefill's."""
-        return 1 if self.kind == "decode" else self.size
-
-    @property
-    def context(self) -> int:
-        """Cached tokens that a step reads, on average; a prefill reads none."""
-        return {"decode": self.size + self.steps // 2, "batch": self.steps // 2}.get(self.kind, 0)
+    def speed(self, peer: Peer, steps: int) -> float:
+        """Tokens a second."""
+        if self.kind == "prefill of":
+            return self.size / seconds(lambda: peer.prefill(self.size))
+        if self.kind == "batch of":
+            return self.size * steps / seconds(lambda: peer.batch(self.size, steps))
+        tokens = peer.decode(self.size, steps + 1)
+        next(tokens)
+        return steps / seconds(lambda: deque(tokens, maxlen=0))
 
 
-class Subject(Protocol):
-    """Something that runs the model."""
+def seconds(action: Callable[[], object]) -> float:
+    """How long the action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
-    @property
-    def name(self) -> str:
-        """What it is called in the results."""
 
-    def seconds(self, figure: Figure) -> float | None:
-        """Of a step, or of the prefill; None where it cannot do that."""
+class Limits:
+    """What the machine itself can do: read memory, and multiply large matrices."""
 
-    def bytes_read(self, rows: int, context: int) -> int:
-        """What a step of that many rows must read: weights, and the cached keys and values of each row."""
+    def __init__(self, device: str, read_bytes: int = 0, product: tuple[int, int, int] | None = None) -> None:
+        self.cuda = usable_device(device).type == "cuda"
+        self.device, self.product = device, product or (GPU_PRODUCT if self.cuda else PRODUCT)
+        self.values = torch.ones((read_bytes or READ_BYTES) // 4, device=device)
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that a sum over a large array reads."""
+        return self.values.nbytes / median(self._seconds(self.values.sum) for _ in range(PASSES))
+
+    def product_rate(self, dtype: str) -> float:
+        """Floating-point operations a second of PyTorch's product in that dtype; a multiply-add is two."""
+        rows, inner, outer = self.product
+        x, w = (torch.ones(n, inner, dtype=getattr(torch, dtype), device=self.device) for n in (rows, outer))
+        return 2 * rows * inner * outer / min(self._seconds(lambda: F.linear(x, w)) for _ in range(PASSES))
+
+    def _seconds(self, action: Callable[[], object]) -> float:
+        def finished() -> None:
+            action()
+            if self.cuda:
+                torch.cuda.synchronize()
+
+        return seconds(finished)
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Keep that many other processes computing, as other programs on a laptop do."""
+    spinners: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(processes):
+            spinners.append(subprocess.Popen([sys.executable, "-c", SPIN]))
+        yield spinners
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+
+
+def load_peers(names: Sequence[str], setup: Setup) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that could be loaded, and for the others the reason why not.
+
+    Raises:
+        InputError: no peer could be loaded.
+    """
+    peers, left_out = [], {}
+    with step_progress(len(names)) as step:
+        for name in names:
+            try:
+                peer = make_peer(name, setup)
+                peer.load()
+                peers.append(peer)
+            except InputError as error:
+                left_out[name] = str(error)
+            step(f"load {name}")
+    if not peers:
+        raise InputError(f"peers: none can be measured: {'; '.join(left_out.values())}")
+    return peers, left_out
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What the rounds gave, without the first, which warms up.
+    """One value for each round."""
 
-    Attributes:
-        seconds: by subject and figure, one for each round.
-        ratios: likewise, of the speed to that of the figure beside it, where there is one.
-        bandwidth: bytes a second just before each figure of each round.
-        peaks: FLOP/s of a large product by dtype, once a round.
-    """
-
-    seconds: Taken
-    ratios: Taken
-    bandwidth: dict[str, list[float]]
-    peaks: dict[str, list[float]]
+    speeds: dict[str, dict[Figure, list[float]]]  # tokens a second by peer
+    read: list[float]  # bytes a second, beside each figure
+    products: dict[str, list[float]]  # floating-point operations a second by dtype
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """That of one value or more."""
-        if len(values) == 1:
-            return Spread(values[0], values[0], values[0])
-        low, _, high = quantiles(values, n=4, method="inclusive")
-        return Spread(median(values), low, high)
-
-
-def interleave(
-    subjects: Sequence[Subject],
-    figures: Sequence[Figure],
-    rounds: int,
-    chart_rounds: int,
-    bandwidth: Callable[[], float],
-    peaks: Mapping[str, Callable[[], float]],
-    step: Callable[[str], None] = lambda what: None,
-) -> Rounds:
-    """Measure every figure of every subject, in turn, in each round.
-
-    Args:
-        subjects: what is measured.
-        figures: what is timed of each.
-        rounds: how many count; one more comes first.
-        chart_rounds: in how many of them the figures that are not `always` take part.
-        bandwidth: measures it.
-        peaks: measure those of the dtypes.
-        step: told after each figure of each round.
-    """
-    seconds: Taken = {subject.name: {} for subject in subjects}
-    ratios: Taken = {subject.name: {} for subject in subjects}
-    read: dict[str, list[float]] = {}
-    products: dict[str, list[float]] = {}
-    for turn in range(rounds + 1):
-        counts = turn > 0  # the first round warms up
-        for dtype, peak in peaks.items():
-            products.setdefault(dtype, []).extend([peak()][: int(counts)])
-        for figure in figures:
-            if not figure.always and turn > chart_rounds:
-                continue
-            read.setdefault(figure.key, []).extend([bandwidth()][: int(counts)])
-            for subject in subjects:
-                before = subject.seconds(figure.beside) if figure.beside else None
-                taken = subject.seconds(figure)
-                if counts and taken is not None:
-                    seconds[subject.name].setdefault(figure.key, []).append(taken)
-                    if figure.beside and before is not None:
-                        ratio = (figure.tokens / taken) / (figure.beside.tokens / before)
-                        ratios[subject.name].setdefault(figure.key, []).append(ratio)
-            step(
-                f"round {turn} of {rounds}, {figure.kind} {figure.size}" if turn else f"warm-up, {figure.key}"
-            )
-    return Rounds(seconds, ratios, read, products)
+def interleave(peers: Sequence[Peer], plan: Plan, limits: Limits) -> Rounds:
+    """In each round measure each figure of each peer, and the machine's limits beside them."""
+    with step_progress((plan.rounds + 1) * len(plan.figures)) as step:
+        for turn in range(plan.rounds + 1):
+            if turn < 2:  # what the first round gave is dropped: it warms up
+                found = Rounds({peer.name: {} for peer in peers}, [], {dtype: [] for dtype in DTYPES})
+            for dtype, rates in found.products.items():
+                rates.append(limits.product_rate(dtype))
+            for figure in plan.figures:
+                found.read.append(limits.read_bandwidth())
+                for peer in peers:
+                    if peer.batches or figure.kind != "batch of":
+                        speed = figure.speed(peer, plan.steps)
+                        found.speeds[peer.name].setdefault(figure, []).append(speed)
+                step(f"{figure}, round {turn} of {plan.rounds}" if turn else f"{figure}, warm-up")
+    return found
 
 
-def steps_of(figures: Sequence[Figure], rounds: int, chart_rounds: int) -> int:
-    """How often `interleave` will call `step`."""
-    return sum(1 + (rounds if figure.always else min(rounds, chart_rounds)) for figure in figures)
+def measure_speeds(run: Run, names: Sequence[str], setup: Setup, plan: Plan, limits: Limits) -> Results:
+    """Load the peers, and measure their speeds and then their loads, in turn."""
+    peers, left_out = load_peers(names, setup)
+    rounds = interleave(peers, plan, limits)
+    loads = measure_loads([peer.name for peer in peers], setup, plan.load_rounds)
+    bandwidth = Rate.of(rounds.read)
+    results = []
+    for peer in peers:
+        speeds = {str(figure): Rate.of(values) for figure, values in rounds.speeds[peer.name].items()}
+        shares = {}
+        for context in plan.contexts:
+            figure, size = str(Figure("decode at", context)), peer.weight_bytes + context * peer.cached_bytes
+            shares[figure] = speeds[figure].median * size / bandwidth.median
+        results.append(PeerResult(peer.name, speeds, shares, loads.get(peer.name)))
+    products = {dtype: Rate.of(rates) for dtype, rates in rounds.products.items()}
+    return Results(run, bandwidth, products, left_out, peers=results)

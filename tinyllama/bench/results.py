@@ -1,125 +1,106 @@
-"""Everything that a run measured in one plain dictionary: figures, spreads, ratios, shares of the limits."""
+"""What a run of the benchmark found; the JSON file, the table and the chart are views of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
+from statistics import median, quantiles
 from typing import Any
 
-from tinyllama.bench.measure import Figure, Rounds, Spread, Subject
-from tinyllama.bench.names import LEGEND
-from tinyllama.config import LlamaConfig
 
-Figures = dict[str, Any]
+@dataclass(frozen=True)
+class Rate:
+    """Something per second, such as tokens, measured once a round."""
 
-OURS = "ours"
+    median: float
+    slowest: float
+    fastest: float
+    spread: float  # half the distance between the quartiles, as a share of the median
+    rounds: Sequence[float]
+
+    @staticmethod
+    def of(rounds: Sequence[float]) -> Rate:
+        """The rate with these values, at least one."""
+        low, _, high = quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else [0.0] * 3
+        middle = median(rounds)
+        return Rate(middle, min(rounds), max(rounds), (high - low) / 2 / middle, list(rounds))
 
 
-def flops(config: LlamaConfig, figure: Figure) -> int:
-    """Floating-point operations of a step or a prefill, by matrices and attention; a multiply-add is two.
+@dataclass(frozen=True)
+class Load:
+    """From the checkpoint's files to a first token, in a process of its own.
 
-    A prefill asks the head for its last token alone, and a token of it sees half of the others.
+    The token counts because a mapped file is read when its weights are used.
     """
-    parts = config.parameters
-    body, head = 2 * (parts["attention"] + parts["mlp"]), 2 * config.vocab_size * config.hidden_size
-    attention = (
-        4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    )  # for each key seen
-    if figure.kind == "prefill":
-        return figure.size * (body + attention * figure.size // 2) + head
-    rows = figure.size if figure.kind == "batch" else 1
-    return rows * (body + head + attention * figure.context)
+
+    seconds: float  # since just before the load
+    with_imports: float  # seconds since before the libraries were imported
+    peak_bytes: int | None  # over what the imports took; None where the system does not say
 
 
-def bytes_moved(subject: Subject, figure: Figure) -> int:
-    """What a step must read; of a prefill the weights, once, and the keys and values that it makes."""
-    if figure.kind == "prefill":
-        return subject.bytes_read(1, figure.size)
-    return subject.bytes_read(figure.size if figure.kind == "batch" else 1, figure.context)
+@dataclass(frozen=True)
+class PeerResult:
+    """One peer's figures; the keys are "decode at 64", "prefill of 512", "batch of 8"."""
+
+    name: str  # one of peers.NAMES
+    speeds: Mapping[str, Rate]  # tokens a second
+    # Of decode figures: the bytes that a second's steps must read, over the machine's read bandwidth.
+    bandwidth_shares: Mapping[str, float]
+    load: Load | None
 
 
-def collect(
-    config: LlamaConfig,
-    subjects: Sequence[Subject],
-    figures: Sequence[Figure],
-    rounds: Rounds,
-    loads: Mapping[str, Sequence[Figures]],
-    left_out: Mapping[str, str],
-) -> Figures:
-    """The results of a run.
+@dataclass(frozen=True)
+class Operation:
+    """One kind of operation in a decode step, over all layers."""
 
-    Speeds are tokens a second, bandwidths and shares are of that figure's own rounds, ratios are those of
-    medians: ours over the peer's.
-    """
-    by_name = {}
-    for subject in subjects:
-        taken = rounds.seconds[subject.name]
-        by_name[subject.name] = {
-            "is": LEGEND.get(subject.name, subject.name),
-            "figures": {
-                figure.key: _figure(config, subject, figure, taken[figure.key], rounds.bandwidth[figure.key])
-                | {"beside": _beside(figure, rounds.ratios[subject.name].get(figure.key))}
-                for figure in figures
-                if figure.key in taken
-            },
-            "load": _load(loads.get(subject.name, ())),
-        }
-    every = [value for values in rounds.bandwidth.values() for value in values]
-    return {
-        "bandwidth": asdict(Spread.of(every)),
-        "peaks": {dtype: max(values) for dtype, values in rounds.peaks.items()},
-        "subjects": by_name,
-        "left_out": dict(left_out),
-        "ratios": ratios(by_name),
-    }
+    name: str
+    seconds: float  # in one step
+    bytes: int  # of weights, keys and values that it must read
 
 
-def _figure(
-    config: LlamaConfig,
-    subject: Subject,
-    figure: Figure,
-    seconds: Sequence[float],
-    bandwidth: Sequence[float],
-) -> Figures:
-    tokens, moved = figure.tokens, bytes_moved(subject, figure)
-    shares = [moved / taken / read for taken, read in zip(seconds, bandwidth, strict=True)]
-    return {
-        "speed": asdict(Spread.of([tokens / taken for taken in seconds])),
-        "seconds": list(seconds),
-        "bytes": moved,
-        "flops": flops(config, figure),
-        "bandwidth_share": None if figure.kind == "prefill" else asdict(Spread.of(shares)),
-    }
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of one peer's decode step goes."""
+
+    peer: str
+    context: int  # tokens before the step
+    seconds: float  # of a step that nothing watches
+    watched_seconds: float  # of a step with a clock around its operations, which sum to this
+    operations: Sequence[Operation]
 
 
-def _beside(figure: Figure, ratios: Sequence[float] | None) -> Figures | None:
-    """Its speed over that of the figure beside it, round by round."""
-    return {"figure": figure.beside.key} | asdict(Spread.of(ratios)) if figure.beside and ratios else None
+@dataclass(frozen=True)
+class Run:
+    """What was run, and on what."""
+
+    command: str
+    machine: Mapping[str, Any]  # `tinyllama.device.machine`, and the version of llama-cpp-python
+    model: str
+    parameters: int
+    device: str
+    dtype: str  # of our model's activations
+    busy: int  # other processes that used the processor meanwhile
+
+    def __str__(self) -> str:
+        """Machine and model on one line."""
+        processor = self.machine["cpu" if self.device == "cpu" else "gpu"]
+        model = f"{self.model}, {self.parameters / 1e6:,.0f} million parameters, {self.dtype} activations"
+        busy = f"; beside {self.busy} busy processes" if self.busy else ""
+        return f"{processor}, {self.machine['threads']} threads; {model}{busy}"
 
 
-def _load(loads: Sequence[Figures]) -> Figures | None:
-    if not loads:
-        return None
-    spreads: Figures = {
-        key: asdict(Spread.of([load[key] for load in loads])) for key in ("seconds", "with_import")
-    }
-    sizes = [load["bytes"] for load in loads]
-    spreads["bytes"] = None if None in sizes else Spread.of(sizes).median
-    return spreads | {"weights": loads[0]["weights"]}
+@dataclass(frozen=True)
+class Results:
+    """All of a run: speeds, or profiles."""
 
+    run: Run
+    bandwidth: Rate  # bytes a second that the machine reads from memory
+    products: Mapping[str, Rate]  # by dtype, floating-point operations a second of a large matrix product
+    left_out: Mapping[str, str]  # by peer, the reason
+    peers: Sequence[PeerResult] = field(default_factory=list)
+    profiles: Sequence[Profile] = field(default_factory=list)
 
-def ratios(by_name: Mapping[str, Figures]) -> Figures:
-    """Of our median speeds to each peer's, by our mode, the peer and the figure."""
-    return {
-        ours: {
-            peer: {
-                key: mine["figures"][key]["speed"]["median"] / figure["speed"]["median"]
-                for key, figure in theirs["figures"].items()
-                if key in mine["figures"]
-            }
-            for peer, theirs in by_name.items()
-            if not peer.startswith(OURS)
-        }
-        for ours, mine in by_name.items()
-        if ours.startswith(OURS)
-    }
+    @property
+    def figures(self) -> list[str]:
+        """The figures that any peer has, in the order in which they were measured."""
+        return list(dict.fromkeys(figure for peer in self.peers for figure in peer.speeds))

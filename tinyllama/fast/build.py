@@ -1,4 +1,4 @@
-"""The compiled operations of csrc/: built once on each machine, in the background, only those that are used."""
+"""The compiled operations of csrc/: built once on each machine, in the background, and only when used."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Build:
         return self.library is not None
 
     def _path(self) -> Path:
-        """Where the library lies, by all that it depends on: a home folder may be shared by unlike machines."""
+        """Where it lies, named after all that it depends on: unlike machines may share a home folder."""
         texts = [file.read_bytes() for file in sorted(SOURCES.iterdir())]
         what = (
             texts,

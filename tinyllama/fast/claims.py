@@ -1,4 +1,4 @@
-"""A compiled operation is a claim: it says which Python it stands for, and is compared with it before it is used.
+"""A compiled operation is a claim: it says which Python it stands for, and is compared with it before use.
 
 The Python is whatever stands in the file and in memory at that moment. Where the two differ (a reader changed
 the function, or the compiler made a mistake on this processor), the Python runs and one line says so.

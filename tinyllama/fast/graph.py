@@ -1,5 +1,5 @@
-"""The decode step as one graph, for GPUs: there a step is about a thousand small kernels, and starting them takes
-longer than running them.
+"""The decode step as one graph, for GPUs: there a step is about a thousand small kernels, and starting them
+takes longer than running them.
 
 The model is the one that you read; this adds no line to it. The model has what the graph needs: shapes that
 never change (the whole cache, behind a mask), positions as a tensor, nothing that waits for the device.
@@ -17,7 +17,7 @@ from tinyllama.model import Llama
 
 
 class CompiledStep:
-    """`model(ids, cache, positions)` for one new token in each row, compiled when a cache comes for the first time.
+    """`model(ids, cache, positions)` for one new token in each row, compiled for each new cache.
 
     On a GPU the graph is recorded once and then started as a whole (CUDA graphs).
     """

@@ -1,4 +1,4 @@
-"""Tensors to the compiled operations and back. Nothing unchecked goes over: shape, dtype, device, contiguity."""
+"""Tensors to the compiled operations and back: shape, dtype, device and contiguity are checked here."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tinyllama.fast.build import GROUP
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ACTIVATIONS = (torch.float32, torch.bfloat16)
 # matvec.c serves up to so many vectors: there they cost little more than reading the weights once. matmul.c
-# serves more. Found by timing both on matrices of TinyLlama's shapes.
+# serves more (measured: docs/performance-log.md, "Matrix products").
 FEW = 32
-# attention.c takes heads of a multiple of LANES numbers, and keeps a block of MOST_D numbers and the heads of a
-# group on its stack.
+# attention.c takes heads of a multiple of LANES numbers, and keeps blocks of up to MOST_D wide and the heads of
+# a group on its stack.
 LANES, MOST_D, MOST_GROUP = 16, 256, 64
-# The processor's instructions with which PyTorch multiplies bfloat16 matrices faster than matmul.c: x86-64, ARM.
+# Processor instructions with which PyTorch multiplies bfloat16 matrices faster than matmul.c: x86-64, ARM.
 BFLOAT16_MATRICES = {"amx_bf16", "bf16"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float

@@ -69,5 +69,5 @@ def flex(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     def visible(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(mask[b, 0, i, j], score, -torch.inf)
 
-    z: Tensor = flex_attention(q, k, v, score_mod=mask, scale=context.scale, enable_gqa=True)
+    z: Tensor = flex_attention(q, k, v, score_mod=visible, scale=context.scale, enable_gqa=True)
     return z

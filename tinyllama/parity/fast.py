@@ -1,7 +1,7 @@
 """The weight modes under the judge: a plain model's matrices kept in fewer bits, and passes of every size.
 
-A product has one way for a few vectors (matvec.c) and one for many (matmul.c). So a text goes through the model
-in two parts: the first half in one pass, the rest through the KV cache in small pieces.
+A product has one way for a few vectors (matvec.c) and one for many (matmul.c). So a text goes through the
+model in two parts: the first half in one pass, the rest through the KV cache in small pieces.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllama.attention import Kernel, sdpa
+from tinyllama.checkpoints.storage import Storage
 from tinyllama.config import LlamaConfig
 from tinyllama.fast import native
 from tinyllama.fast.attention import compiled_sdpa
 from tinyllama.fast.build import GROUP
 from tinyllama.fast.linear import Int8Linear, widened
-from tinyllama.checkpoints.storage import Storage
 from tinyllama.hooks import shape
 from tinyllama.model import Llama
 from tinyllama.parity.divergence import Run
