@@ -20,11 +20,12 @@ from tests.test_generation import Letters
 from tinyllama import speculation
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, generate, stream
+from tinyllama.generation import generate, stream
 from tinyllama.parity.continuations import SETTINGS
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 from tinyllama.speculation import Speculation, draft
 from tinyllama.text.conversation import Conversation
+from tinyllama.text.reply import TextReply
 
 PROMPT = some_ids(1, 7, seed=7)[0].tolist()
 ROUNDS = [9, 4, 7, 9, 4, 7, 9, 4]  # its last ids occurred before: there is a guess at the first pass

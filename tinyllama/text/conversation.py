@@ -8,10 +8,11 @@ from itertools import takewhile
 from typing import Any
 
 from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, stream
+from tinyllama.generation import stream
 from tinyllama.model import Llama
 from tinyllama.speculation import Speculation
 from tinyllama.text.chat import Message
+from tinyllama.text.reply import TextReply
 from tinyllama.text.tokenizer import Tokenizer
 
 
