@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, progress_line, run, step_progress
+from tinyllama.cli.terminal import run
+from tinyllama.progress import note, progress_line, step_progress
 
 if TYPE_CHECKING:
     from tinyllama import LlamaConfig

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
+from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.text.conversation import Conversation
@@ -59,7 +60,7 @@ def main() -> int:
             if not respond(conversation, line, settings, context):
                 break
         return 0
-    terminal.note(f"a context of {context} tokens; /help lists the commands, Ctrl-D leaves")
+    note(f"a context of {context} tokens; /help lists the commands, Ctrl-D leaves")
     with line_history():
         converse(conversation, settings, context)
     return 0
@@ -83,26 +84,26 @@ def converse(conversation: Conversation, settings: dict[str, Any], context: int)
         try:
             line = typed_line()
         except EOFError:
-            terminal.note("")
+            note("")
             return
         except KeyboardInterrupt:
-            terminal.note("")
+            note("")
             if warned:
                 raise
-            terminal.note("Ctrl-C once more leaves")
+            note("Ctrl-C once more leaves")
             warned = True
             continue
         except UnicodeDecodeError:
-            terminal.note("error: that line is not UTF-8; set the terminal to UTF-8")
+            note("error: that line is not UTF-8; set the terminal to UTF-8")
             continue
         warned = False
         try:
             if not respond(conversation, line, settings, context):
                 return
         except InputError as error:
-            terminal.note(f"error: {error}")
+            note(f"error: {error}")
         except KeyboardInterrupt:
-            terminal.note("stopped; what was said is kept")
+            note("stopped; what was said is kept")
 
 
 def typed_line() -> str:
@@ -137,7 +138,7 @@ def respond(conversation: Conversation, line: str, settings: dict[str, Any], con
         terminal.write("\n")
     turn = conversation.last
     if turn and turn.prompt + turn.new == context:
-        terminal.note(f"the context of {context} tokens is full; /reset starts anew")
+        note(f"the context of {context} tokens is full; /reset starts anew")
     return True
 
 
@@ -149,7 +150,7 @@ def obey(conversation: Conversation, line: str, context: int) -> bool:
         return False
     if command == "/help":
         for row in COMMANDS.splitlines():
-            terminal.note(row)
+            note(row)
     elif command == "/reset":
         conversation.messages = [m for m in conversation.messages if m["role"] == "system"]
     elif command == "/system":
@@ -159,7 +160,7 @@ def obey(conversation: Conversation, line: str, context: int) -> bool:
         save(conversation.messages, argument, overwrite=command == "/save!")
     elif command == "/load":
         conversation.messages = load(argument)
-        terminal.note(f"{len(conversation.messages)} messages; the model reads them with your next one")
+        note(f"{len(conversation.messages)} messages; the model reads them with your next one")
     elif command == "/stats":
         show_stats(conversation, context)
     else:
@@ -187,7 +188,7 @@ def save(messages: list[dict[str, Any]], name: str, overwrite: bool) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror}; give another file") from error
-    terminal.note(f"{len(messages)} messages are in {path}")
+    note(f"{len(messages)} messages are in {path}")
 
 
 def load(name: str) -> list[dict[str, str]]:
@@ -214,16 +215,16 @@ def show_stats(conversation: Conversation, context: int) -> None:
     """What the latest reply took, to stderr."""
     turn = conversation.last
     if turn is None:
-        terminal.note("no reply yet")
+        note("no reply yet")
         return
     computed = turn.prompt - turn.cached
-    terminal.note(f"prompt   {turn.prompt} tokens, {turn.cached} of them in the cache already")
-    terminal.note(f"prefill  {computed} tokens, {options.rate(computed, sum(turn.seconds[:1]))}")
-    terminal.note(f"reply    {turn.new} tokens, {options.rate(turn.new - 1, sum(turn.seconds[1:]))}")
+    note(f"prompt   {turn.prompt} tokens, {turn.cached} of them in the cache already")
+    note(f"prefill  {computed} tokens, {options.rate(computed, sum(turn.seconds[:1]))}")
+    note(f"reply    {turn.new} tokens, {options.rate(turn.new - 1, sum(turn.seconds[1:]))}")
     if turn.speculation:
-        terminal.note(f"guesses  {turn.speculation}")
-    terminal.note(f"ended by {turn.reason or 'Ctrl-C'}")
-    terminal.note(f"context  {turn.prompt + turn.new} of {context} tokens")
+        note(f"guesses  {turn.speculation}")
+    note(f"ended by {turn.reason or 'Ctrl-C'}")
+    note(f"context  {turn.prompt + turn.new} of {context} tokens")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import tinyllama
 from tinyllama.cli import options, terminal
+from tinyllama.progress import escape
 
 if TYPE_CHECKING:
     from tinyllama import Llama
@@ -166,9 +167,9 @@ def show(results: dict[str, Any]) -> None:
     texts.add_column("first run", ratio=1)
     texts.add_column("second run", ratio=1)
     for name, way in results["decoding"].items():
-        shown = [Text(terminal.visible(text, keep="\n")) for text in way["texts"]]
+        shown = [Text(escape(text, keep="\n")) for text in way["texts"]]
         texts.add_row(titles[name], *shown)
-    console.print(Text(f"prompt: {terminal.visible(results['prompt'])}"))
+    console.print(Text(f"prompt: {escape(results['prompt'])}"))
     console.print(f"sampled: {chosen}")
     console.print(texts)
     for name, way in results["decoding"].items():

@@ -16,6 +16,7 @@ import warnings
 
 import tinyllama
 from tinyllama.cli import options, terminal
+from tinyllama.progress import note
 
 EXAMPLES = """\
   python scripts/generate.py "Greetings!" --max-new-tokens 30
@@ -54,20 +55,18 @@ def main() -> int:
 
     used, context = len(ids) + len(reply.ids), model.config.max_position_embeddings
     if used == context and reply.reason == "length":
-        terminal.note(f"stopped: the context of {context} tokens is full")
+        note(f"stopped: the context of {context} tokens is full")
     if args.stats:
-        terminal.note(f"load     {load_seconds:.1f} s")
-        terminal.note(f"prompt   {len(ids)} tokens, {options.rate(len(ids), sum(tokens.seconds[:1]))}")
-        terminal.note(
-            f"new      {len(reply.ids)} tokens, {options.rate(len(reply.ids) - 1, sum(tokens.seconds[1:]))}"
-        )
+        note(f"load     {load_seconds:.1f} s")
+        note(f"prompt   {len(ids)} tokens, {options.rate(len(ids), sum(tokens.seconds[:1]))}")
+        note(f"new      {len(reply.ids)} tokens, {options.rate(len(reply.ids) - 1, sum(tokens.seconds[1:]))}")
         if tokens.speculation:
-            terminal.note(f"guesses  {tokens.speculation}")
-        terminal.note(f"memory   {peak_memory(args.device)}")
-        terminal.note(f"seed     {'none: greedy' if not settings['temperature'] else settings['seed']}")
-        terminal.note(f"ended by {problem or reply.reason}")
+            note(f"guesses  {tokens.speculation}")
+        note(f"memory   {peak_memory(args.device)}")
+        note(f"seed     {'none: greedy' if not settings['temperature'] else settings['seed']}")
+        note(f"ended by {problem or reply.reason}")
     if problem:
-        terminal.note(f"error: {problem}")
+        note(f"error: {problem}")
     return 1 if problem else 0
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
+from tinyllama.progress import escape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,7 +150,7 @@ def show(figures: dict[str, Any], model: Llama) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    print(f"{terminal.visible(figures['model'])}\n\n{model}\n")
+    print(f"{escape(figures['model'])}\n\n{model}\n")
 
     fields = table("Config", "value")
     for name, value in figures["config"].items():

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tinyllama.checkpoints.hub import resolve
 from tinyllama.cli import options, terminal
+from tinyllama.progress import escape
 from tinyllama.text.tokenizer import Token, Tokenizer
 
 EXAMPLES = """\
@@ -124,7 +125,7 @@ def print_table(rows: list[dict[str, Any]], routes: list[Route]) -> None:
     styles = {"special": "magenta", "template": "cyan", "text": ""}
     for row in rows:
         # Text objects: in a plain string, rich would read [brackets] as markup.
-        cells = [Text(terminal.visible(str(value))) for value in row.values()]
+        cells = [Text(escape(str(value))) for value in row.values()]
         table.add_row(*cells, style=styles[row["origin"]])
     console = Console(highlight=False)
     console.print(table)
@@ -136,7 +137,7 @@ def print_table(rows: list[dict[str, Any]], routes: list[Route]) -> None:
 def print_lines(rows: list[dict[str, Any]], routes: list[Route]) -> None:
     """The tokens as lines that can be piped."""
     for row in rows:
-        print("\t".join(terminal.visible(str(value)) for value in row.values()))
+        print("\t".join(escape(str(value)) for value in row.values()))
     for other in routes:
         print(f"# {describe(other)}: {' '.join(map(str, other.ids))}")
 

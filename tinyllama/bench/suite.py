@@ -28,7 +28,7 @@ PEAKS = ("float32", "bfloat16")
 
 
 class Progress(Protocol):
-    """A progress bar: `terminal.step_progress`."""
+    """A progress bar: `progress.step_progress`."""
 
     def __call__(self, total: int) -> AbstractContextManager[Any]:
         """Yield what is to be called after each step."""

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tinyllama.checkpoints.files import require_space, sole_writer
-from tinyllama.cli.terminal import byte_progress
 from tinyllama.errors import InputError
+from tinyllama.progress import byte_progress
 
 if TYPE_CHECKING:
     import gguf

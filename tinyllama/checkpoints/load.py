@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from tinyllama.attention import kernel
 from tinyllama.checkpoints.files import AGAIN, INDEX, PICKLES, SINGLE, read_json
 from tinyllama.checkpoints.tensor_file import StoredTensor, read_header
-from tinyllama.cli.terminal import byte_progress
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
@@ -27,6 +26,7 @@ from tinyllama.fast.fused import fuse
 from tinyllama.fast.split_linear import Linear
 from tinyllama.fast.storage import Storage
 from tinyllama.model import Llama
+from tinyllama.progress import byte_progress
 
 SHARD = re.compile(r"[\w.-]+\.safetensors")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
-from tinyllama.cli.terminal import note, piped, read_text, visible
+from tinyllama.cli.terminal import piped, read_text
+from tinyllama.progress import escape, note
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with the one line."""
-        self.exit(2, f"error: {visible(message)}; see --help\n")
+        self.exit(2, f"error: {escape(message)}; see --help\n")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, purpose: str) -> None:
