@@ -358,5 +358,5 @@ def test_the_scripts_say_the_same_with_guesses_and_count_them(smollm2_folder, mo
 
     conversation = Conversation(*loaded)
     conversation.ask("Say yes.", lambda piece: None, max_new_tokens=3, speculate=2)
-    load_script("chat").show_stats(conversation, 2048)
+    load_script("chat").show_stats(conversation)
     assert "\nguesses  " in capfd.readouterr().err

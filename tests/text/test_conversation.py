@@ -1,7 +1,5 @@
 """A conversation with a cache says what one without would say, and computes each token once."""
 
-import dataclasses
-
 import pytest
 
 import tinyllama
@@ -125,9 +123,10 @@ def test_an_interrupted_prefill_leaves_a_cache_that_is_right(loaded, conversatio
     assert conversation.ask("Really?", nothing, **SHORT) == from_scratch(loaded, conversation.messages[:-1])
 
 
-def test_the_context_fills_up(loaded, conversation, monkeypatch):
-    model, _ = loaded
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=45))
+def test_the_context_fills_up(loaded):
+    tokenizer = loaded[1]
+    short = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=45)
+    conversation = Conversation(short, tokenizer)
     conversation.ask("Tell me a story.", nothing)
     full = conversation.last
     assert (full.prompt + full.new, full.reason) == (45, "length")
