@@ -1,7 +1,11 @@
 """Chat messages -> the segments of a prompt, by the checkpoint's own template.
 
 The template is code from a download, so it runs in jinja2's sandbox. The messages are text from a user, so
-a special token typed there stays text: nobody can end a turn, or begin one, from inside a message.
+a special token typed there stays text: a message cannot end a turn or begin one.
+
+A rendered template is one string, in which a typed "</s>" looks like the template's own. So the template is
+rendered with the characters of typed special tokens replaced by private-use ones (masks), the result is split
+at the special tokens that are left, and the masks are replaced back.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ Message = dict[str, Any]
 
 
 class RoleMarkerWarning(UserWarning):
-    """A message contains a role marker of the template, and the model cannot tell who wrote it."""
+    """A message contains a role marker of the template, so the model may read it as a turn of its own."""
 
 
 def render_chat(
@@ -39,19 +43,19 @@ def render_chat(
     add_generation_prompt: bool = True,
     strict: bool = False,
 ) -> list[Segment]:
-    """The prompt for a chat, in segments; their texts joined are what transformers renders.
+    """The prompt for a chat in segments, whose joined texts are what transformers renders.
 
     Args:
-        template: jinja2 source, given the helpers and variables that it has in transformers.
+        template: jinja2 source; it gets the helpers and variables that transformers gives it.
         messages: dicts with a `role` and a `content`: a string, or a list of {"type": "text", "text": ...}.
-        special: special tokens become segments of their own where the template wrote them.
-        names: `bos_token`, `eos_token` and their like, for the template.
+        special: a special token that the template wrote becomes a segment of its own.
+        names: the text of `bos_token`, `eos_token`, ..., for the template.
         add_generation_prompt: end with the opening of the assistant's turn.
-        strict: refuse role markers in a message, instead of a `RoleMarkerWarning`.
+        strict: raise InputError for a role marker in a message, instead of warning.
 
     Raises:
-        InputError: messages of another structure, a template that fails or reaches out of its sandbox, or
-            a role marker under `strict`.
+        InputError: the messages have another structure, the template fails or tries to leave its sandbox,
+            or a message contains a role marker and `strict` is true.
     """
     messages = plain_messages(messages, special)
     check_role_markers(template, messages, special, strict)
@@ -65,8 +69,9 @@ def render_chat(
 
     hidden = map_contents(messages, partial(special.hide, mask=mask))
     rendered = render(template, hidden, variables)
-    # Marks at the ends of the messages tell whose text is whose. A template that trims the messages, or looks
-    # at their ends, may treat a marked one differently: then the marks go inside the white space, or nowhere.
+    # Marks around each message's text show which text is the user's. A template that trims the messages or
+    # looks at their ends may treat a marked one differently: then the marks go inside the white space, and
+    # if that changes the result too, there are no marks.
     for trimmed in (False, True):
         enclosed = map_contents(hidden, partial(enclose, begin=begin, end=end, trimmed=trimmed))
         marked = render(template, enclosed, variables)
@@ -86,7 +91,7 @@ def render_chat(
 
 
 def enclose(text: str, begin: str, end: str, trimmed: bool) -> str:
-    """Mark both ends of a text, or of what is left of it when trimmed."""
+    """The text with marks at both ends, or, if trimmed, at the ends of what is not white space."""
     core = text.strip() if trimmed else text
     return text.replace(core, begin + core + end, 1) if core else text
 
@@ -103,7 +108,7 @@ def map_contents(messages: Sequence[Message], change: Callable[[str], str]) -> l
 
 
 def plain_messages(messages: Sequence[Message], special: SpecialTokens) -> list[Message]:
-    """A checked copy of the messages in plain JSON types, which hold nothing that a template could call."""
+    """A checked copy of the messages in JSON types, so that they hold nothing a template could call."""
     if not isinstance(messages, (list, tuple)):
         raise InputError(
             f"chat: expected a list of messages, got {type(messages).__name__}; pass a list of dicts"
@@ -122,7 +127,7 @@ def plain_messages(messages: Sequence[Message], special: SpecialTokens) -> list[
 
 
 def check_message(message: Message, where: str, special: SpecialTokens) -> None:
-    """Raise InputError for a message without a role or a text content, or with special tokens elsewhere."""
+    """Raise InputError for a message without role or text, or with a special token outside the content."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"{where}: expected a dict with 'role' and 'content', got {message!r:.80}")
     content = message.get("content")
@@ -143,7 +148,7 @@ def check_message(message: Message, where: str, special: SpecialTokens) -> None:
 
 
 def check_role_markers(template: str, messages: list[Message], special: SpecialTokens, strict: bool) -> None:
-    """Warn of, or refuse, role markers in a message: they are plain text, so no id tells who wrote them."""
+    """Warn of role markers in a message, or refuse them: they are text, so no id tells who wrote them."""
     markers = sorted(set(ROLE_MARKER.findall(template)).difference(special.control))
     for index, message in enumerate(messages):
         content = message["content"]
@@ -159,14 +164,14 @@ def check_role_markers(template: str, messages: list[Message], special: SpecialT
 
 
 def render(template: str, messages: list[Message], variables: dict[str, Any]) -> str:
-    """Render a chat template in the sandbox; raises InputError for whatever goes wrong in it."""
+    """Render a chat template in the sandbox; raises InputError for any error in it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # The class itself has methods that the sandbox would let change a message: dict.update(messages[0], ...).
+    # The class itself has methods by which a template could change a message: dict.update(messages[0], ...).
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     try:
         compiled = environment.from_string(template)
@@ -184,5 +189,5 @@ def raise_exception(message: str) -> NoReturn:
 
 
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is: jinja2's own filter escapes it for HTML."""
+    """Plain JSON; jinja2's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
