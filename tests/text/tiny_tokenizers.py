@@ -1,4 +1,4 @@
-"""Tokenizer folders for tests: the Llama one where it can be found, and small ones made on the spot."""
+"""Tokenizer folders for tests: Llama's if it can be found, and small ones made on the spot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -16,7 +17,7 @@ DOWNLOADED = "TinyLlama-1.1B-Chat-v1.0"
 
 
 def find_llama_folder() -> Path:
-    """The folder with Llama's tokenizer.model: the shared one, else a downloaded checkpoint; else skip."""
+    """The folder with the Llama tokenizer: the shared one, or a downloaded checkpoint; skip without both."""
     if "TINYLLAMA_SHARED" in os.environ:
         return Path(os.environ["TINYLLAMA_SHARED"]) / "tokenizer"
     folder = weights_folder() / DOWNLOADED
@@ -60,8 +61,7 @@ def json_definition(**changes: object) -> dict[str, object]:
     """A tokenizer.json with a sentencepiece-like vocabulary: bytes, a few pieces, Llama 2's normalizer."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab"]
-    merges = [["▁", "a"], ["▁", "b"], ["a", "b"], ["▁", "ab"]]
-    definition: dict[str, object] = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -90,13 +90,13 @@ def json_definition(**changes: object) -> dict[str, object]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece: index for index, piece in enumerate(pieces)},
-            "merges": merges,
+            "merges": [["▁", "a"], ["▁", "b"], ["a", "b"], ["▁", "ab"]],
         },
+        **changes,
     }
-    return definition | changes
 
 
-def bos_first(token: str, index: int) -> dict[str, object]:
+def bos_first(token: str, index: int) -> dict[str, Any]:
     """The post-processor of a tokenizer.json that puts one token before every text."""
     start, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     return {
