@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,11 +162,7 @@ def test_help_shows_examples_and_does_not_import_torch():
 @pytest.fixture
 def generate(run_script, tiny):
     """Runs generate.py on the tiny model for four tokens, unless told otherwise."""
-
-    def run(*arguments, **options):
-        return run_script("generate", "--model", tiny, "--max-new-tokens", "4", *arguments, **options)
-
-    return run
+    return partial(run_script, "generate", "--model", tiny, "--max-new-tokens", "4")
 
 
 def test_the_prompt_comes_from_an_argument_a_file_or_stdin(generate, loaded, tmp_path):
@@ -295,17 +292,13 @@ def test_text_comes_while_the_rest_is_computed_and_a_closed_pipe_is_quiet(tiny):
 
 @pytest.fixture
 def chat(run_script, tiny):
-    """Runs chat.py on the tiny model, with these lines on stdin."""
-
-    def run(lines, *arguments):
-        return run_script("chat", "--model", tiny, "--max-new-tokens", "5", *arguments, stdin=lines)
-
-    return run
+    """Runs chat.py on the tiny model."""
+    return partial(run_script, "chat", "--model", tiny, "--max-new-tokens", "5")
 
 
 def test_a_piped_chat_prints_the_replies_alone_and_can_be_saved_and_loaded(chat, loaded, tmp_path):
     file, other = tmp_path / "chat.json", tmp_path / "other.json"
-    status, out, err = chat(f"the cat\n\nsat\n/save {file}\n/stats\n".encode())
+    status, out, err = chat(stdin=f"the cat\n\nsat\n/save {file}\n/stats\n".encode())
     messages = json.loads(file.read_text(encoding="utf-8"))
     assert [message["content"] for message in messages[::2]] == ["the cat", "sat"]
     replies = [message["content"] for message in messages[1::2]]
@@ -314,7 +307,7 @@ def test_a_piped_chat_prints_the_replies_alone_and_can_be_saved_and_loaded(chat,
     assert f"4 messages are in {file}\n" in err
     assert "of them in the cache already" in err
 
-    status, out, _ = chat(f"/load {file}\n/save {other}\n/exit\nnot read\n".encode())
+    status, out, _ = chat(stdin=f"/load {file}\n/save {other}\n/exit\nnot read\n".encode())
     assert (status, out) == (0, "")
     assert other.read_bytes() == file.read_bytes()
     assert sorted(tmp_path.iterdir()) == [file, other]
@@ -323,7 +316,7 @@ def test_a_piped_chat_prints_the_replies_alone_and_can_be_saved_and_loaded(chat,
 def test_the_system_message_can_be_changed_and_survives_a_reset(chat, tmp_path):
     file = tmp_path / "chat.json"
     lines = f"/system Be kind.\n/save {file}\n/reset\n/save! {file}\n/system\n/save! {file}.2\n".encode()
-    assert chat(lines, "--system", "Be brief.")[0] == 0
+    assert chat("--system", "Be brief.", stdin=lines)[0] == 0
     assert json.loads(file.read_text(encoding="utf-8")) == [{"role": "system", "content": "Be kind."}]
     assert json.loads(Path(f"{file}.2").read_text(encoding="utf-8")) == []
 
@@ -346,7 +339,7 @@ def test_a_bad_line_ends_a_piped_chat_with_status_2(chat, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     mine = '[{"role": "user"}]'
     Path("mine.json").write_text(mine, encoding="utf-8")
-    status, _, err = chat(b"/help\n" + line + b"\n")
+    status, _, err = chat(stdin=b"/help\n" + line + b"\n")
     assert status == 2
     error = err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -530,18 +523,10 @@ def test_flops_are_those_that_pytorch_counts(keys):
     assert summary.flops(config, keys) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most"),
-        ({"vocab_size": 10**18}, "vocab_size: expected"),
-        ({"hidden_act": "gelu"}, "hidden_act: only 'silu' is implemented"),
-    ],
-)
-def test_a_config_that_cannot_be_built_is_refused(run_script, tmp_path, config, expected):
-    shape = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    write_json(tmp_path / "config.json", shape | {"num_attention_heads": 2} | config)
-    assert_refused(run_script("summary", tmp_path / "config.json"), expected)
+def test_a_config_that_cannot_be_built_is_refused(run_script, tmp_path):
+    shape = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    write_json(tmp_path / "config.json", shape | {"num_hidden_layers": 10**9})
+    assert_refused(run_script("summary", tmp_path / "config.json"), "num_hidden_layers: expected at most")
 
 
 def test_only_the_config_of_a_model_on_the_hub_is_downloaded(run_script, monkeypatch, smollm2_folder):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from tests.text.tiny_tokenizers import (
-    added_token,
-    bos_first,
+    LLAMA_SPECIAL,
+    adds,
     find_llama_folder,
     json_definition,
     sentencepiece_folder,
@@ -22,7 +22,6 @@ from tinyllama.text.tokenizer import Tokenizer
 from tinyllama.text.vocabulary import SPACE
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-LLAMA_SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def test_a_sentencepiece_like_json_has_the_library_s_ids_and_texts(tmp_path_fact
 def test_the_post_processor_decides_on_bos_unless_the_config_does(tmp_path):
     # Llama 3 has it as the second of two processors.
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    processors = {"type": "Sequence", "processors": [byte_level, bos_first("<s>", 1)]}
+    processors = {"type": "Sequence", "processors": [byte_level, adds("<s> $A")]}
     write_json(tmp_path / "tokenizer.json", json_definition(post_processor=processors))
     assert Tokenizer.from_folder(tmp_path).encode("a")[0] == 1
     write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": False})
@@ -257,10 +256,6 @@ def test_a_stored_truncation_does_not_cut_texts(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a b a b a b")) == "a b a b a b"
 
 
-BOS_FIRST = bos_first("</s>", 2)
-EOS_LAST = BOS_FIRST | {"single": BOS_FIRST["single"][::-1]}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -271,10 +266,10 @@ EOS_LAST = BOS_FIRST | {"single": BOS_FIRST["single"][::-1]}
         ({"added_tokens": [5]}, "added tokens malformed"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "not a tokenizer"),
         ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor malformed"),
-        ({"post_processor": EOS_LAST}, r"adds \['</s>'\]"),
-        ({"added_tokens": [added_token(1, "<s>", lstrip=True)]}, "'<s>' has lstrip"),
-        ({"added_tokens": [added_token(1, "<s>", rstrip=True)]}, "'<s>' has rstrip"),
-        ({"added_tokens": [added_token(1, "<s>", single_word=True)]}, "'<s>' has single_word"),
+        ({"post_processor": adds("$A </s>")}, r"adds \['</s>'\]"),
+        ({"added_tokens": [{"id": 1, "content": "<s>", "lstrip": True}]}, "'<s>' has lstrip"),
+        ({"added_tokens": [{"id": 1, "content": "<s>", "rstrip": True}]}, "'<s>' has rstrip"),
+        ({"added_tokens": [{"id": 1, "content": "<s>", "single_word": True}]}, "'<s>' has single_word"),
     ],
 )
 def test_a_json_that_is_malformed_or_not_supported_is_refused(tmp_path, changes, message):
