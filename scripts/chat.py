@@ -7,14 +7,16 @@ If stdin is a pipe, every line is a message or a command, and stdout gets only t
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tinyllama
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
 from tinyllama.progress import note
@@ -55,14 +57,22 @@ def main() -> int:
     conversation = Conversation(
         model, tokenizer, options.system_message(args.system), strict=args.strict_chat
     )
-    if terminal.piped():
-        for line in piped_lines():
+    piped = terminal.piped()
+    if not piped:
+        note(f"a context of {conversation.context} tokens; /help lists the commands, Ctrl-D leaves")
+        keep_history()
+    for line in piped_lines() if piped else typed_lines():
+        try:
             if not respond(conversation, line, settings):
                 break
-        return 0
-    note(f"a context of {conversation.context} tokens; /help lists the commands, Ctrl-D leaves")
-    with line_history():
-        converse(conversation, settings)
+        except (InputError, KeyboardInterrupt) as problem:
+            if piped:
+                raise
+            stopped = isinstance(problem, KeyboardInterrupt)
+            note("stopped; what was said is kept" if stopped else f"error: {problem}")
+        except tinyllama.NonFiniteLogitsError as problem:
+            note(f"error: {problem}")
+            return 1
     return 0
 
 
@@ -77,12 +87,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Answer what is typed; an error or a Ctrl-C ends only the turn."""
+def typed_lines() -> Iterator[str]:
+    """The lines typed at a terminal; a second Ctrl-C in a row raises KeyboardInterrupt."""
     warned = False
     while True:
         try:
-            line = typed_line()
+            # If stdout is a file, input() would write its prompt there.
+            if not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if sys.stdout.isatty() else "")
         except EOFError:
             note("")
             return
@@ -92,26 +105,11 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
                 raise
             note("Ctrl-C once more leaves")
             warned = True
-            continue
         except UnicodeDecodeError:
             note("error: that line is not UTF-8; set the terminal to UTF-8")
-            continue
-        warned = False
-        try:
-            if not respond(conversation, line, settings):
-                return
-        except InputError as error:
-            note(f"error: {error}")
-        except KeyboardInterrupt:
-            note("stopped; what was said is kept")
-
-
-def typed_line() -> str:
-    """A line from the terminal. The prompt goes to stderr where stdout is a file."""
-    if sys.stdout.isatty():
-        return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)
-    return input()
+        else:
+            warned = False
+            yield line
 
 
 def piped_lines() -> Iterator[str]:
@@ -190,9 +188,8 @@ def show_stats(conversation: Conversation) -> None:
     note(f"context  {turn.prompt + turn.new} of {conversation.context} tokens")
 
 
-@contextmanager
-def line_history() -> Iterator[None]:
-    """Line editing, with the lines of earlier chats on the up arrow if the state folder can be used."""
+def keep_history() -> None:
+    """Edit lines with readline, and keep them for the next chat if the state folder can be used."""
     import readline  # lets input() edit lines
 
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -200,9 +197,9 @@ def line_history() -> Iterator[None]:
     with suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         readline.read_history_file(file)
-    try:
-        yield
-    finally:
+
+    @atexit.register
+    def write() -> None:
         readline.set_history_length(HISTORY_LINES)
         with suppress(OSError):
             readline.write_history_file(file)

@@ -52,10 +52,10 @@ def near(q, k, v, context, size=2):
     return sdpa(q, k, v, context.where(distance < size))
 
 def nan(q, k, v, context, at=0):
-    return sdpa(q, k, v * (torch.nan if k.shape[2] == at else 1), context)
+    return sdpa(q, k, v * (torch.nan if k.shape[2] >= at else 1), context)
 
 def interrupt(q, k, v, context, at=0):
-    if k.shape[2] == at:
+    if k.shape[2] >= at:
         raise KeyboardInterrupt
     return sdpa(q, k, v, context)
 
@@ -345,6 +345,12 @@ def test_a_bad_line_ends_a_piped_chat_with_status_2(chat, tmp_path, monkeypatch,
     assert error.startswith("error: ")
     assert expected in error
     assert Path("mine.json").read_text(encoding="utf-8") == mine
+
+
+def test_nan_logits_end_a_chat_with_status_1(chat, kernels):
+    status, out, err = chat("--attention", f"{kernels}:nan", stdin=b"the cat\n")
+    assert (status, out, err.count("\n")) == (1, "\n", 1)
+    assert err.startswith("error: the model gave NaN or infinite logits")
 
 
 def test_a_model_without_a_chat_template_cannot_chat(run_script, tmp_path):

@@ -209,7 +209,7 @@ def test_added_tokens_extend_a_model_and_the_longest_wins(tmp_path):
         ({"add_eos_token": True}, "add_eos_token is true, which is not supported"),
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added tokens malformed"),
         ({"added_tokens_decoder": {"5": {}}}, "added tokens malformed"),
-        ({"chat_template": 5}, "chat_template is a int"),
+        ({"chat_template": 5}, "chat_template malformed"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(tmp_path, config, message):

@@ -11,8 +11,6 @@ from pathlib import Path
 from tinyllama.errors import InputError
 from tinyllama.progress import escape
 
-INTERRUPTED = 128 + signal.SIGINT
-
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 2 on bad input (one line, no traceback), 130 on Ctrl-C.
@@ -29,7 +27,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {escape(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = 128 + signal.SIGINT
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,7 +45,7 @@ def write(text: str) -> None:
 
 
 def piped() -> bool:
-    """Whether something is piped into stdin, rather than a person at it, or nothing."""
+    """Whether stdin is a pipe or a file, not a terminal."""
     return sys.stdin is not None and not sys.stdin.isatty()
 
 
@@ -57,9 +55,10 @@ def read_text(path: str | None) -> str:
     Raises:
         InputError: the file cannot be read, or byte N is not UTF-8.
     """
-    where = "stdin" if path is None or path == "-" else path
+    stdin = path is None or path == "-"
+    where = "stdin" if stdin else path
     try:
-        data = sys.stdin.buffer.read() if path is None or path == "-" else Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if stdin else Path(str(path)).read_bytes()
         return data.decode("utf-8")
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror}; give a readable text file") from error

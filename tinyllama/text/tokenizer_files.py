@@ -150,12 +150,9 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8; {AGAIN}") from error
     template = config.get("chat_template")
-    if isinstance(template, list):
-        with well_formed(folder / "tokenizer_config.json", "chat_template"):
+    with well_formed(folder / "tokenizer_config.json", "chat_template"):
+        if isinstance(template, list):  # several, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected a "
-            f"string; {AGAIN}"
-        )
+        if template is not None and not isinstance(template, str):
+            raise TypeError(f"expected a string, got {template!r:.80}")
     return template
