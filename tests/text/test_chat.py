@@ -10,7 +10,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.errors import InputError
-from tinyllama.text.chat import RoleMarkerWarning, render_chat
+from tinyllama.text.chat import render_chat
+from tinyllama.text.messages import RoleMarkerWarning
 from tinyllama.text.special_tokens import SpecialTokens
 from tinyllama.text.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from tinyllama.errors import InputError
 from tinyllama.generation import stream
 from tinyllama.model import Llama
 from tinyllama.speculation import Speculation
-from tinyllama.text.chat import Message
+from tinyllama.text.messages import Message
 from tinyllama.text.reply import TextReply
 from tinyllama.text.tokenizer import Tokenizer
 

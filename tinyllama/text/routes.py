@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from tinyllama.text.chat import Message
+from tinyllama.text.messages import Message
 from tinyllama.text.tokenizer import Tokenizer
 
 

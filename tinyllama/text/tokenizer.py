@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama.errors import InputError
-from tinyllama.text.chat import Message, render_chat
+from tinyllama.text.chat import render_chat
 from tinyllama.text.json_vocabulary import json_vocabulary
+from tinyllama.text.messages import Message
 from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
 from tinyllama.text.tokenizer_files import TokenizerFiles
 from tinyllama.text.vocabulary import SPACE, sentencepiece_vocabulary
