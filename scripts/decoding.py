@@ -77,18 +77,15 @@ def show(found: Decodings) -> None:
     """Both tables and the verdicts, for a reader."""
     from rich.box import HORIZONTALS
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    left_out = {"seed"} if found.settings["speculate"] else {"seed", "speculate"}
-    chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items() if name not in left_out)
+    chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items() if name != "seed")
     seed = f"sampled, seed {found.settings['seed']}"
     titles = {"greedy": "greedy", "no seed": "sampled, no seed", "seed": seed}
-    texts = Table(box=HORIZONTALS, show_lines=True)
-    texts.add_column("", no_wrap=True)
-    texts.add_column("first run", ratio=1)
-    texts.add_column("second run", ratio=1)
+    runs = (Column(name, ratio=1) for name in ("first run", "second run"))
+    texts = Table(Column("", no_wrap=True), *runs, box=HORIZONTALS, show_lines=True)
     for name, pair in found.decoding.items():
         texts.add_row(titles[name], *(Text(escape(text, keep="\n")) for text in pair.texts))
     console.print(Text(f"prompt: {escape(found.prompt)}"))
@@ -96,10 +93,8 @@ def show(found: Decodings) -> None:
     for name, pair in found.decoding.items():
         console.print(f"{titles[name]}: {VERDICTS[name, pair.identical]}")
 
-    costs = Table(box=HORIZONTALS)
-    costs.add_column(f"one forward pass of {found.pass_tokens} tokens")
-    costs.add_column("kept for a backward pass", justify="right")
-    costs.add_column("median time", justify="right")
+    measured = (Column(name, justify="right") for name in ("kept for a backward pass", "median time"))
+    costs = Table(f"one forward pass of {found.pass_tokens} tokens", *measured, box=HORIZONTALS)
     for name, cost in found.passes.items():
         costs.add_row(name, f"{cost.saved_bytes:,} bytes", f"{cost.median_seconds * 1000:.0f} ms")
     console.print("", costs, sep="\n")

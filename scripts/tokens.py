@@ -15,7 +15,7 @@ import warnings
 from dataclasses import asdict, astuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tinyllama.checkpoints.hub import resolve
@@ -63,11 +63,8 @@ def parse() -> argparse.Namespace:
 
 def print_table(found: TakenApart) -> None:
     """The tokens as a table and the other routes below it, for a terminal."""
-    table = Table()
-    for column in ("position", "id"):
-        table.add_column(column, justify="right")
-    for column in ("piece", "bytes", "origin"):
-        table.add_column(column)
+    numbers = (Column(name, justify="right") for name in ("position", "id"))
+    table = Table(*numbers, "piece", "bytes", "origin")
     for row in found.tokens:
         # Text objects: in a plain string, rich would read [brackets] as markup.
         table.add_row(*(Text(escape(str(value))) for value in astuple(row)), style=STYLES[row.origin])
