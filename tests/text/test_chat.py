@@ -187,6 +187,9 @@ def test_the_first_token_of_a_prompt_belongs_to_the_first_text(tmp_path):
     named = [(tokenizer.piece(token.id), token.origin) for token in tokens]
     assert named[0] == ("▁the", "text")
     assert {origin for _, origin in named[1:]} == {"template"}
+    # Here the dummy prefix is a token of its own.
+    tokens = tokenizer.encode_segments(tokenizer.chat_segments(user("\n")))
+    assert [(tokenizer.piece(id), origin) for id, origin in tokens[:2]] == [("▁", "text"), ("<0x0A>", "text")]
 
 
 # Role markers
