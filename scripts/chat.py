@@ -32,7 +32,7 @@ EXAMPLES = """\
 
 COMMANDS = """\
 /help         this list
-/reset        start anew; the system message stays
+/reset        start over; the system message stays
 /system TEXT  set the system message, or remove it if there is no TEXT; it holds for the whole conversation
 /save FILE    write the messages as JSON; /save! FILE overwrites a file
 /load FILE    continue with messages that were saved
@@ -136,7 +136,7 @@ def respond(conversation: Conversation, line: str, settings: dict[str, Any]) -> 
         terminal.write("\n")
     turn = conversation.last
     if turn and turn.prompt + turn.new == conversation.context:
-        note(f"the context of {conversation.context} tokens is full; /reset starts anew")
+        note(f"the context of {conversation.context} tokens is full; /reset starts over")
     return True
 
 

@@ -42,7 +42,7 @@ def note(line: str) -> None:
 
 @contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` bytes; yields `advance(bytes)`. Silent where stderr is no terminal."""
+    """A progress bar over `total` bytes; yields `advance(bytes)`. Silent if stderr is not a terminal."""
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with _progress(TextColumn("{task.description}"), *columns) as progress:
         task = progress.add_task(title, total=total)
@@ -53,7 +53,8 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def progress_line() -> Iterator[Callable[[str], None]]:
     """One line with the time so far and the latest step; yields `done(what)`, to be called after each step.
 
-    Where stderr is no terminal, the steps whose names have no comma are printed.
+    If stderr is not a terminal, each step is printed as a line, except those with a comma in their names:
+    they are details.
     """
     columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
     with _progress(*columns) as progress:
@@ -69,9 +70,9 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def step_progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """A progress bar over `total` steps, of which `done` are behind; yields `step(what)`, called after each.
+    """A progress bar over `total` steps, of which `done` are done; yields `step(what)`, called after each.
 
-    Where stderr is no terminal, a line is printed after every tenth of the steps.
+    If stderr is not a terminal, a line is printed after every tenth of the steps.
     """
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with _progress(TextColumn("{task.description}"), *columns) as progress:
@@ -89,6 +90,6 @@ def step_progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
 
 
 def _progress(*columns: ProgressColumn) -> Progress:
-    """A display on stderr that goes away at the end; disabled where stderr is no terminal."""
+    """A display on stderr that goes away at the end; disabled if stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

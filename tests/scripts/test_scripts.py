@@ -210,13 +210,14 @@ def test_strict_chat_refuses_role_markers_and_plain_chat_warns_in_one_line(gener
 @pytest.mark.usefixtures("one_thread")
 def test_a_seed_repeats_and_stats_show_the_one_that_was_drawn(generate):
     sampled = (PROMPT, "--temperature", "1.5")
-    status, first, err = generate(*sampled, "--stats", "--threads", "2")
+    status, first, err = generate(*sampled, "--stats")
     assert status == 0
     stats = dict(line.split(maxsplit=1) for line in err.splitlines())
     assert stats.keys() == {"load", "threads", "prompt", "new", "memory", "seed", "ended"}
-    assert (stats["threads"], stats["ended"]) == ("2", "by length")
     assert stats["new"].startswith("4 tokens, ")
+    assert stats["ended"] == "by length"
     assert generate(*sampled, "--seed", stats["seed"]) == (0, first, "")
+    assert "threads  2\n" in generate("--max-new-tokens", "0", "--stats", "--threads", "2", PROMPT)[2]
 
 
 def test_a_stop_string_ends_the_text_before_it(generate, loaded):

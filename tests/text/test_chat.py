@@ -180,7 +180,7 @@ def test_tokens_have_the_origins_of_their_segments(llama):
 
 
 def test_the_first_token_of_a_prompt_belongs_to_the_first_text(tmp_path):
-    # Fails where the dummy prefix shifts the borders by one byte.
+    # Fails if the dummy prefix shifts the borders by one byte.
     template = "{% for m in messages %}{{ m.content }} cat{% endfor %}"
     tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, chat_template=template))
     tokens = tokenizer.encode_segments(tokenizer.chat_segments(user("the")))

@@ -133,7 +133,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="guess up to N tokens from the text so far and check them in one pass: the same text, sooner "
-        "where it repeats itself or the prompt; 0 is off (default: %(default)s)",
+        "if it repeats itself or the prompt; 0 is off (default: %(default)s)",
     )
 
 

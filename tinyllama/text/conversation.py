@@ -85,7 +85,7 @@ class Conversation:
         ids = self._tokenizer.chat(messages, strict=self._strict)
         if len(ids) >= self.context:
             raise InputError(
-                f"the conversation has {len(ids)} tokens, the context {self.context}; start anew (/reset)"
+                f"the conversation has {len(ids)} tokens, the context {self.context}; start over (/reset)"
             )
         # The last token is always computed: its logits choose the next.
         cached = min(common_prefix(ids, self._cached_ids), len(ids) - 1)

@@ -47,9 +47,9 @@ class Tokenizer:
 
     Attributes:
         vocab_size: highest id + 1, added tokens included.
-        bos_id, eos_id, pad_id: None where the checkpoint names no such token.
+        bos_id, eos_id, pad_id: None if the checkpoint names no such token.
         special_ids: the ids that `skip_special` leaves out of a decoded text.
-        chat_template: jinja2 source, None where the checkpoint is no chat model.
+        chat_template: jinja2 source, None if the checkpoint is not a chat model.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a checkpoint folder: tokenizer.model where there is one, else tokenizer.json.
+        """The tokenizer of a checkpoint folder: tokenizer.model if there is one, otherwise tokenizer.json.
 
         Raises InputError for files that are missing, damaged, or ask for something that is not supported.
         """
@@ -189,7 +189,7 @@ class Tokenizer:
             text = segment.text.replace(SPACE, " ") if self._vocabulary.spells_space else segment.text
             origins += [segment.origin] * len(text.encode("utf-8"))
         lengths = [len(self.token_bytes(index)) for index in ids]
-        start = len(origins) - sum(lengths)  # -1 where there is a dummy prefix
+        start = len(origins) - sum(lengths)  # -1 if there is a dummy prefix
         tokens = []
         for index, length in zip(ids, lengths, strict=True):
             covered = origins[max(start, 0) : max(start + length, 1)]
