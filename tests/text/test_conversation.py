@@ -5,7 +5,7 @@ import torch
 
 import tinyllama
 from tests.shapes import tiny_model
-from tinyllama.text.conversation import Conversation, common_prefix
+from tinyllama.text.conversation import Conversation
 
 SHORT = {"max_new_tokens": 6}
 SYSTEM = {"role": "system", "content": "You are a poet."}
@@ -134,9 +134,3 @@ def test_bad_settings_leave_the_messages_unchanged(conversation):
     with pytest.raises(tinyllama.InputError, match="temperature"):
         conversation.ask("Hello", nothing, temperature=-1.0)
     assert conversation.messages == []
-
-
-def test_common_prefix():
-    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
-    assert common_prefix([1, 2], [1, 2, 3]) == 2
-    assert common_prefix([], [1]) == 0

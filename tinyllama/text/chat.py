@@ -93,7 +93,7 @@ def render(template: str, messages: list[Message], variables: dict[str, Any]) ->
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes for HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # The class itself has methods by which a template could change a message: dict.update(messages[0], ...).
@@ -111,8 +111,3 @@ def render(template: str, messages: list[Message], variables: dict[str, Any]) ->
 def raise_exception(message: str) -> NoReturn:
     """How a template refuses messages."""
     raise TemplateError(message)
-
-
-def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Plain JSON; jinja2's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

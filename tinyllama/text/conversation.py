@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ class Conversation:
             raise InputError(
                 f"the conversation has {len(ids)} tokens, the context {self.context}; start over (/reset)"
             )
-        # The last token is always computed: its logits choose the next.
-        cached = min(common_prefix(ids, self._cached_ids), len(ids) - 1)
+        common = sum(takewhile(bool, map(eq, ids, self._cached_ids)))
+        cached = min(common, len(ids) - 1)  # the last token is always computed: its logits choose the next
         self._reserve(min(len(ids) + max_new_tokens, self.context))
         tokens = stream(
             self._model, ids, max_new_tokens=max_new_tokens, cache=self._cache, cached=cached, **settings
@@ -138,11 +139,6 @@ class Conversation:
             self._cache = self._model.new_cache(1, min(max(length, 2 * old.capacity), self.context))
             self._cache.keys[..., : old.capacity, :] = old.keys[..., : old.capacity, :]
             self._cache.values[..., : old.capacity, :] = old.values[..., : old.capacity, :]
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences have in common from the start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _is_message(value: object) -> bool:
