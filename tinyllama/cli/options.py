@@ -156,9 +156,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def integers(low: int, high: int | None = None) -> Callable[[str], int]:
-    """What reads an integer from `low` to `high`, for `type=`."""
+    """A parser of integers from `low` to `high`, for `type=`."""
 
     def integer(text: str) -> int:
+        """The integer; ArgumentTypeError if it is out of bounds."""
         value = int(text)
         if value < low or (high is not None and value > high):
             bounds = f"{low} or more" if high is None else f"{low} to {high}"
