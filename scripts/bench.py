@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama.bench.peers import DEFAULT, NAMES, require
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, run
+from tinyllama.cli.terminal import run
+from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.bench.results import Results

@@ -1,23 +1,25 @@
 """Talk with a model. The KV cache stays from turn to turn, so only new tokens are computed.
 
-Ctrl-C stops a reply, and what was said of it stays; at the prompt, twice, it leaves.
-Piped in, every line is a message or a command, and stdout gets the replies alone.
+Ctrl-C stops a reply and keeps what was said so far; at the prompt, twice, it leaves.
+If stdin is a pipe, every line is a message or a command, and stdout gets only the replies.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import atexit
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tinyllama
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
+from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.text.conversation import Conversation
@@ -30,10 +32,10 @@ EXAMPLES = """\
 
 COMMANDS = """\
 /help         this list
-/reset        start anew; the system message stays
-/system TEXT  set the system message, or remove it without TEXT; it holds for the whole conversation
+/reset        start over; the system message stays
+/system TEXT  set the system message, or remove it if there is no TEXT; it holds for the whole conversation
 /save FILE    write the messages as JSON; /save! FILE overwrites a file
-/load FILE    go on with messages that were saved
+/load FILE    continue with messages that were saved
 /stats        what the latest reply took
 /exit         leave, like Ctrl-D
 A message that begins with / needs a space before it."""
@@ -52,16 +54,25 @@ def main() -> int:
 
     from tinyllama.text.conversation import Conversation
 
-    conversation = Conversation(model, tokenizer, system(args.system), strict=args.strict_chat)
-    context = model.config.max_position_embeddings
-    if terminal.piped():
-        for line in piped_lines():
-            if not respond(conversation, line, settings, context):
+    conversation = Conversation(
+        model, tokenizer, options.system_message(args.system), strict=args.strict_chat
+    )
+    piped = terminal.piped()
+    if not piped:
+        note(f"a context of {conversation.context} tokens; /help lists the commands, Ctrl-D leaves")
+        keep_history()
+    for line in piped_lines() if piped else typed_lines():
+        try:
+            if not respond(conversation, line, settings):
                 break
-        return 0
-    terminal.note(f"a context of {context} tokens; /help lists the commands, Ctrl-D leaves")
-    with line_history():
-        converse(conversation, settings, context)
+        except (InputError, KeyboardInterrupt) as problem:
+            if piped:
+                raise
+            stopped = isinstance(problem, KeyboardInterrupt)
+            note("stopped; what was said is kept" if stopped else f"error: {problem}")
+        except tinyllama.NonFiniteLogitsError as problem:
+            note(f"error: {problem}")
+            return 1
     return 0
 
 
@@ -76,45 +87,33 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def converse(conversation: Conversation, settings: dict[str, Any], context: int) -> None:
-    """The conversation at a terminal, where an error or a Ctrl-C ends a turn only."""
+def typed_lines() -> Iterator[str]:
+    """The lines typed at a terminal; a second Ctrl-C in a row raises KeyboardInterrupt."""
     warned = False
     while True:
         try:
-            line = typed_line()
+            # If stdout is a file, input() would write its prompt there.
+            if not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if sys.stdout.isatty() else "")
         except EOFError:
-            terminal.note("")
+            note("")
             return
         except KeyboardInterrupt:
-            terminal.note("")
+            note("")
             if warned:
                 raise
-            terminal.note("Ctrl-C once more leaves")
+            note("Ctrl-C once more leaves")
             warned = True
-            continue
         except UnicodeDecodeError:
-            terminal.note("error: that line is not UTF-8; set the terminal to UTF-8")
-            continue
-        warned = False
-        try:
-            if not respond(conversation, line, settings, context):
-                return
-        except InputError as error:
-            terminal.note(f"error: {error}")
-        except KeyboardInterrupt:
-            terminal.note("stopped; what was said is kept")
-
-
-def typed_line() -> str:
-    """A line from the terminal; the prompt never goes into a file that stdout is sent to."""
-    if sys.stdout.isatty():
-        return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)
-    return input()
+            note("error: that line is not UTF-8; set the terminal to UTF-8")
+        else:
+            warned = False
+            yield line
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin."""
+    """The lines of stdin, each as soon as it is there."""
     offset = 0
     for line in sys.stdin.buffer:
         try:
@@ -125,110 +124,72 @@ def piped_lines() -> Iterator[str]:
         offset += len(line)
 
 
-def respond(conversation: Conversation, line: str, settings: dict[str, Any], context: int) -> bool:
+def respond(conversation: Conversation, line: str, settings: dict[str, Any]) -> bool:
     """Answer a message or obey a command; False means to leave."""
+    if line.startswith("/"):
+        return obey(conversation, line)
     if not line.strip():
         return True
-    if line.startswith("/"):
-        return obey(conversation, line, context)
     try:
         conversation.ask(line, terminal.write, **settings)
     finally:
         terminal.write("\n")
     turn = conversation.last
-    if turn and turn.prompt + turn.new == context:
-        terminal.note(f"the context of {context} tokens is full; /reset starts anew")
+    if turn and turn.prompt + turn.new == conversation.context:
+        note(f"the context of {conversation.context} tokens is full; /reset starts over")
     return True
 
 
-def obey(conversation: Conversation, line: str, context: int) -> bool:
+def obey(conversation: Conversation, line: str) -> bool:
     """Carry out a command; False means to leave."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
+    if command in ("/save", "/save!", "/load") and not argument:
+        raise InputError(f"{command}: expected a file name; {command} FILE")
+    path = Path(os.path.expanduser(argument))
     if command == "/exit":
         return False
     if command == "/help":
         for row in COMMANDS.splitlines():
-            terminal.note(row)
+            note(row)
     elif command == "/reset":
         conversation.messages = [m for m in conversation.messages if m["role"] == "system"]
     elif command == "/system":
         others = [m for m in conversation.messages if m["role"] != "system"]
-        conversation.messages = system(argument or None) + others
+        conversation.messages = options.system_message(argument or None) + others
     elif command in ("/save", "/save!"):
-        save(conversation.messages, argument, overwrite=command == "/save!")
+        if command == "/save" and path.exists():
+            raise InputError(f"{path}: exists already; /save! overwrites it")
+        conversation.save(path)
+        note(f"{len(conversation.messages)} messages are in {path}")
     elif command == "/load":
-        conversation.messages = load(argument)
-        terminal.note(f"{len(conversation.messages)} messages; the model reads them with your next one")
+        conversation.load(path)
+        note(f"{len(conversation.messages)} messages; the model reads them with your next one")
     elif command == "/stats":
-        show_stats(conversation, context)
+        show_stats(conversation)
     else:
         raise InputError(f"{command}: no such command; /help lists them")
     return True
 
 
-def system(text: str | None) -> list[dict[str, str]]:
-    """The messages that a conversation begins with."""
-    return [] if text is None else [{"role": "system", "content": text}]
-
-
-def save(messages: list[dict[str, Any]], name: str, overwrite: bool) -> None:
-    """Write the messages as JSON: the whole file or none of it."""
-    if not name:
-        raise InputError("/save: expected a file name; /save FILE")
-    path = Path(name).expanduser()
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; /save! overwrites it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}; give another file") from error
-    terminal.note(f"{len(messages)} messages are in {path}")
-
-
-def load(name: str) -> list[dict[str, str]]:
-    """The messages that `save` wrote."""
-    if not name:
-        raise InputError("/load: expected a file name; /load FILE")
-    path = Path(name).expanduser()
-    text = terminal.read_text(str(path))
-    try:
-        messages = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); give a file that /save wrote") from error
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
-        raise InputError(f"{path}: expected a list of objects with role and content; give a saved file")
-    return messages
-
-
-def is_message(value: object) -> bool:
-    """Whether a JSON value is a message as `save` writes them."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def show_stats(conversation: Conversation, context: int) -> None:
-    """What the latest reply took, to stderr."""
+def show_stats(conversation: Conversation) -> None:
+    """Print to stderr what the latest reply took."""
     turn = conversation.last
     if turn is None:
-        terminal.note("no reply yet")
+        note("no reply yet")
         return
     computed = turn.prompt - turn.cached
-    terminal.note(f"prompt   {turn.prompt} tokens, {turn.cached} of them in the cache already")
-    terminal.note(f"prefill  {computed} tokens, {options.rate(computed, sum(turn.seconds[:1]))}")
-    terminal.note(f"reply    {turn.new} tokens, {options.rate(turn.new - 1, sum(turn.seconds[1:]))}")
+    note(f"prompt   {turn.prompt} tokens, {turn.cached} of them in the cache already")
+    note(f"prefill  {computed} tokens, {options.rate(computed, sum(turn.seconds[:1]))}")
+    note(f"reply    {turn.new} tokens, {options.rate(turn.new - 1, sum(turn.seconds[1:]))}")
     if turn.speculation:
-        terminal.note(f"guesses  {turn.speculation}")
-    terminal.note(f"ended by {turn.reason or 'Ctrl-C'}")
-    terminal.note(f"context  {turn.prompt + turn.new} of {context} tokens")
+        note(f"guesses  {turn.speculation}")
+    note(f"ended by {turn.reason or 'Ctrl-C'}")
+    note(f"context  {turn.prompt + turn.new} of {conversation.context} tokens")
 
 
-@contextmanager
-def line_history() -> Iterator[None]:
-    """Line editing, with the lines of earlier chats on the up arrow where the state folder can be used."""
+def keep_history() -> None:
+    """Edit lines with readline, and keep them for the next chat if the state folder can be used."""
     import readline  # lets input() edit lines
 
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -236,9 +197,9 @@ def line_history() -> Iterator[None]:
     with suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         readline.read_history_file(file)
-    try:
-        yield
-    finally:
+
+    @atexit.register
+    def write() -> None:
         readline.set_history_length(HISTORY_LINES)
         with suppress(OSError):
             readline.write_history_file(file)

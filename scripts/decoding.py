@@ -4,36 +4,32 @@ Greedy decoding takes the most likely token each time, so it gives one text.
 Sampling draws each token from the model's distribution: another text every time,
 and the same one again with the same seed.
 
-The second table is one forward pass over the prompt and the greedy text: the
-median time of several passes, the modes taking turns, and the bytes of activations
-that autograd keeps for a backward pass. Those are counted, tensor by tensor
-(torch.autograd.graph.saved_tensors_hooks): each storage once, without the weights,
-which are there in any mode. Unlike the peak memory of the process, that count has no
-allocator or library in it, and is the same in every run and on every machine.
+The second table is one forward pass over the prompt and the greedy text, in each
+gradient mode: the median time of several passes, and the bytes of activations that
+autograd keeps for a backward pass. The bytes are summed over the saved tensors
+(torch.autograd.graph.saved_tensors_hooks), without the weights, so unlike a process's
+peak memory the sum is the same in every run and on every machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import tinyllama
 from tinyllama.cli import options, terminal
+from tinyllama.progress import escape
 
 if TYPE_CHECKING:
-    from tinyllama import Llama
+    from tinyllama.bench.decoding import Decodings
 
 EXAMPLES = """\
   python scripts/decoding.py
   python scripts/decoding.py --model smollm2 --prompt "The best thing about Paris is"
   python scripts/decoding.py --temperature 1.5 --top-k 0 --top-p 1 --seed 7
   python scripts/decoding.py --json | python -m json.tool"""
-
-PASSES = 5
 
 VERDICTS = {
     ("greedy", True): "identical, as they must be: nothing is left to chance",
@@ -54,35 +50,15 @@ def main() -> int:
             "temperature: expected above 0, to compare with greedy; got 0 or nearly so"
         )
     model, tokenizer = options.load(args)
-    ids = tokenizer.encode(args.prompt)
 
-    ways = {
-        "greedy": settings | {"temperature": 0.0},
-        "no seed": settings | {"seed": None},
-        "seed": settings,
-    }
-    runs = {
-        name: [tinyllama.generate(model, [ids], **way)[0] for _ in range(2)] for name, way in ways.items()
-    }
-    text = ids + runs["greedy"][0]
-    results: dict[str, Any] = {
-        "prompt": args.prompt,
-        "settings": settings,
-        "decoding": {
-            name: {
-                "texts": [tokenizer.decode(new_ids, skip_special=True) for new_ids in pair],
-                "identical": pair[0] == pair[1],
-            }
-            for name, pair in runs.items()
-        },
-        "pass_tokens": len(text),
-        "passes": compare_modes(model, text),
-    }
+    from tinyllama.bench.decoding import compare_decodings
+
+    found = compare_decodings(model, tokenizer, args.prompt, settings)
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
     else:
-        show(results)
-    return 0 if results["decoding"]["greedy"]["identical"] and results["decoding"]["seed"]["identical"] else 1
+        show(found)
+    return 0 if found.decoding["greedy"].identical and found.decoding["seed"].identical else 1
 
 
 def parse() -> argparse.Namespace:
@@ -97,91 +73,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare_modes(model: Llama, ids: list[int]) -> dict[str, dict[str, float]]:
-    """Bytes saved for a backward pass, and the median seconds of a forward pass, in each gradient mode."""
-    import torch
-
-    modes = {
-        "torch.enable_grad()": torch.enable_grad,
-        "torch.no_grad()": torch.no_grad,
-        "torch.inference_mode()": torch.inference_mode,
-    }
-    batch = torch.tensor([ids], device=model.lm_head.weight.device)
-    saved = {name: saved_bytes(model, batch, mode) for name, mode in modes.items()}  # a warm-up too
-    seconds: dict[str, list[float]] = {name: [] for name in modes}
-    for _ in range(PASSES):
-        for name, mode in modes.items():
-            seconds[name].append(pass_seconds(model, batch, mode))
-    return {
-        name: {"saved_bytes": saved[name], "median_seconds": statistics.median(seconds[name])}
-        for name in modes
-    }
-
-
-def saved_bytes(model: Llama, ids: Any, mode: Callable[[], Any]) -> int:
-    """Bytes of the tensors that autograd saves in a forward pass, beside the weights."""
-    from torch.autograd.graph import saved_tensors_hooks
-
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def count(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would tie its graph to itself, never to be freed
-
-    with saved_tensors_hooks(count, lambda tensor: tensor), mode():
-        logits = model(ids)
-    del logits  # until here they hold the graph, so that no address is used twice
-    return sum(saved.values())
-
-
-def pass_seconds(model: Llama, ids: Any, mode: Callable[[], Any]) -> float:
-    """How long a forward pass takes."""
-    import torch
-
-    start = time.perf_counter()
-    with mode():
-        model(ids)
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-    return time.perf_counter() - start
-
-
-def show(results: dict[str, Any]) -> None:
+def show(found: Decodings) -> None:
     """Both tables and the verdicts, for a reader."""
     from rich.box import HORIZONTALS
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    settings = results["settings"]
-    left_out = {"seed"} if settings["speculate"] else {"seed", "speculate"}
-    chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in left_out)
-    titles = {"greedy": "greedy", "no seed": "sampled, no seed", "seed": f"sampled, seed {settings['seed']}"}
-    texts = Table(box=HORIZONTALS, show_lines=True)
-    texts.add_column("", no_wrap=True)
-    texts.add_column("first run", ratio=1)
-    texts.add_column("second run", ratio=1)
-    for name, way in results["decoding"].items():
-        shown = [Text(terminal.visible(text, keep="\n")) for text in way["texts"]]
-        texts.add_row(titles[name], *shown)
-    console.print(Text(f"prompt: {terminal.visible(results['prompt'])}"))
-    console.print(f"sampled: {chosen}")
-    console.print(texts)
-    for name, way in results["decoding"].items():
-        console.print(f"{titles[name]}: {VERDICTS[name, way['identical']]}")
+    chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items() if name != "seed")
+    seed = f"sampled, seed {found.settings['seed']}"
+    titles = {"greedy": "greedy", "no seed": "sampled, no seed", "seed": seed}
+    runs = (Column(name, ratio=1) for name in ("first run", "second run"))
+    texts = Table(Column("", no_wrap=True), *runs, box=HORIZONTALS, show_lines=True)
+    for name, pair in found.decoding.items():
+        texts.add_row(titles[name], *(Text(escape(text, keep="\n")) for text in pair.texts))
+    console.print(Text(f"prompt: {escape(found.prompt)}"))
+    console.print(f"sampled: {chosen}", texts, sep="\n")
+    for name, pair in found.decoding.items():
+        console.print(f"{titles[name]}: {VERDICTS[name, pair.identical]}")
 
-    costs = Table(box=HORIZONTALS)
-    costs.add_column(f"one forward pass of {results['pass_tokens']} tokens")
-    costs.add_column("kept for a backward pass", justify="right")
-    costs.add_column("median time", justify="right")
-    for name, cost in results["passes"].items():
-        costs.add_row(name, f"{cost['saved_bytes']:,} bytes", f"{cost['median_seconds'] * 1000:.0f} ms")
-    console.print()
-    console.print(costs)
+    measured = (Column(name, justify="right") for name in ("kept for a backward pass", "median time"))
+    costs = Table(f"one forward pass of {found.pass_tokens} tokens", *measured, box=HORIZONTALS)
+    for name, cost in found.passes.items():
+        costs.add_row(name, f"{cost.saved_bytes:,} bytes", f"{cost.median_seconds * 1000:.0f} ms")
+    console.print("", costs, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Continue a text, or answer one message, printing the words as they come.
 
-The prompt is the argument, or --file, or what is piped in. Of a file or a pipe,
-one newline at the very end is left out, and one is put after the text, so that
-an output can be a prompt again. An empty prompt is BOS alone.
+The prompt is the argument, the content of --file, or what is piped in. A newline
+at the very end of a file or a pipe is left out, and one is added after the text, so
+that an output can be used as a prompt. An empty prompt stands for BOS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 
 import tinyllama
 from tinyllama.cli import options, terminal
+from tinyllama.progress import note
 
 EXAMPLES = """\
   python scripts/generate.py "Greetings!" --max-new-tokens 30
@@ -29,22 +30,21 @@ def main() -> int:
     """Print the prompt and its continuation, or under --chat the reply alone."""
     args = parse()
     warnings.showwarning = options.note_warning
-    settings = options.sampling(args) | {"compiled": args.compile}
+    settings = options.sampling(args)
     if settings["temperature"] and settings["seed"] is None:
-        settings["seed"] = secrets.randbits(32)  # one that --stats can show, to run it again
-    prompt = options.read_prompt(args)
+        settings["seed"] = secrets.randbits(32)  # --stats shows it, so that the run can be repeated
 
     start = time.perf_counter()
     model, tokenizer = options.load(args, args.weights)
     load_seconds = time.perf_counter() - start
 
-    ids = prompt_ids(args, prompt, tokenizer)
+    ids = prompt_ids(args, tokenizer)
     tokens = tinyllama.stream(model, ids, **settings)
     reply = tinyllama.TextReply(tokens, tokenizer, ids, args.stop)
     problem = None
     try:
         if not args.chat:
-            terminal.write(prompt)
+            terminal.write(args.prompt)
         for piece in reply:
             terminal.write(piece)
     except tinyllama.NonFiniteLogitsError as error:
@@ -52,60 +52,63 @@ def main() -> int:
     finally:
         terminal.write(reply.rest() + "\n")
 
-    used, context = len(ids) + len(reply.ids), model.config.max_position_embeddings
-    if used == context and reply.reason == "length":
-        terminal.note(f"stopped: the context of {context} tokens is full")
+    old, new, context = len(ids), len(reply.ids), model.config.max_position_embeddings
+    if old + new == context and reply.reason == "length":
+        note(f"stopped: the context of {context} tokens is full")
     if args.stats:
-        terminal.note(f"load     {load_seconds:.1f} s")
-        terminal.note(f"prompt   {len(ids)} tokens, {options.rate(len(ids), sum(tokens.seconds[:1]))}")
-        terminal.note(
-            f"new      {len(reply.ids)} tokens, {options.rate(len(reply.ids) - 1, sum(tokens.seconds[1:]))}"
-        )
+        import torch
+
+        note(f"load     {load_seconds:.1f} s")
+        note(f"threads  {torch.get_num_threads()}")
+        note(f"prompt   {old} tokens, {options.rate(old, sum(tokens.seconds[:1]))}")
+        note(f"new      {new} tokens, {options.rate(new - 1, sum(tokens.seconds[1:]))}")
         if tokens.speculation:
-            terminal.note(f"guesses  {tokens.speculation}")
-        terminal.note(f"memory   {peak_memory(args.device)}")
-        terminal.note(f"seed     {'none: greedy' if not settings['temperature'] else settings['seed']}")
-        terminal.note(f"ended by {problem or reply.reason}")
+            note(f"guesses  {tokens.speculation}")
+        note(f"memory   {peak_memory(args.device)}")
+        note(f"seed     {settings['seed'] if settings['temperature'] else 'none: greedy'}")
+        note(f"ended by {problem or reply.reason}")
     if problem:
-        terminal.note(f"error: {problem}")
+        note(f"error: {problem}")
     return 1 if problem else 0
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """The command line, with the prompt read."""
     parser = options.Parser(__doc__, EXAMPLES)
     options.add_prompt_options(parser, "continue")
     parser.add_argument("--strict-chat", action="store_true", help="refuse role markers in a message")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be repeated"
     )
-    parser.add_argument("--stats", action="store_true", help="print times, memory and the seed to stderr")
+    parser.add_argument(
+        "--stats", action="store_true", help="print times, threads, memory and the seed to stderr"
+    )
     options.add_sampling_options(parser)
     options.add_model_options(parser)
     options.add_weights_option(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the decode step, for long texts on a GPU; it takes about a minute first",
+        help="compile the decode step, for long texts on a GPU; this takes about a minute at the start",
     )
     args = parser.parse_args()
-    options.check_prompt(parser, args)
     if args.compile and not args.device.startswith("cuda"):
-        parser.error("--compile is for --device cuda; on a CPU --weights stored is faster, and at once")
+        parser.error("--compile is for --device cuda; on a CPU use --weights stored, which is faster")
     if args.compile and args.speculate:
         parser.error("--compile and --speculate do not go together: a compiled step has one token")
     if args.strict_chat and not args.chat:
         parser.error("--strict-chat needs --chat")
+    args.prompt = options.read_prompt(parser, args)
     return args
 
 
-def prompt_ids(args: argparse.Namespace, prompt: str, tokenizer: tinyllama.Tokenizer) -> list[int]:
-    """What the model is given."""
+def prompt_ids(args: argparse.Namespace, tokenizer: tinyllama.Tokenizer) -> list[int]:
+    """The ids that the model continues."""
     if args.chat:
-        if not prompt.strip():
+        if not args.prompt.strip():
             raise tinyllama.InputError("chat: expected a message, got an empty prompt; give it some text")
-        return tokenizer.chat(options.chat_messages(args, prompt), strict=args.strict_chat)
-    ids = tokenizer.encode(prompt)
+        return tokenizer.chat(options.chat_messages(args), strict=args.strict_chat)
+    ids = tokenizer.encode(args.prompt)
     if ids:
         return ids
     if tokenizer.bos_id is None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama import InputError
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, read_text, run, step_progress
+from tinyllama.cli.terminal import read_text, run
+from tinyllama.progress import note, step_progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, progress_line, read_text, run
+from tinyllama.cli.terminal import read_text, run
+from tinyllama.progress import note, progress_line
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer

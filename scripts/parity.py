@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, progress_line, read_text, run, visible
+from tinyllama.cli.terminal import read_text, run
+from tinyllama.progress import escape, note, progress_line
 
 if TYPE_CHECKING:
     from tinyllama.parity.report import Figures
@@ -153,7 +154,7 @@ def show(figures: Figures) -> None:
     for search in figures["searches"]:
         tables.show_search(console, search)
     for failure in figures["failures"]:
-        print(visible(failure))
+        print(escape(failure))
     print("parity: passed" if figures["passed"] else "parity: FAILED")
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
+from tinyllama.progress import escape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +147,7 @@ def show(summary: Summary, model: Llama) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    print(f"{terminal.visible(summary.model)}\n\n{model}\n")
+    print(f"{escape(summary.model)}\n\n{model}\n")
 
     fields = table("Config", "value")
     for name, value in dataclasses.asdict(summary.config).items():

@@ -11,10 +11,11 @@ import torch
 
 from tests.shapes import some_ids, tiny_model
 from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, generate, prefill, stream
+from tinyllama.generation import generate, prefill, stream
 from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.reference import reference_model
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
+from tinyllama.text.reply import TextReply
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [some_ids(1, length, seed=length)[0].tolist() for length in (7, 1, 19, 12)]

@@ -20,11 +20,12 @@ from tests.test_generation import Letters
 from tinyllama import speculation
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, generate, stream
+from tinyllama.generation import generate, stream
 from tinyllama.parity.continuations import SETTINGS
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 from tinyllama.speculation import Speculation, draft
 from tinyllama.text.conversation import Conversation
+from tinyllama.text.reply import TextReply
 
 PROMPT = some_ids(1, 7, seed=7)[0].tolist()
 ROUNDS = [9, 4, 7, 9, 4, 7, 9, 4]  # its last ids occurred before: there is a guess at the first pass
@@ -357,5 +358,5 @@ def test_the_scripts_say_the_same_with_guesses_and_count_them(smollm2_folder, mo
 
     conversation = Conversation(*loaded)
     conversation.ask("Say yes.", lambda piece: None, max_new_tokens=3, speculate=2)
-    load_script("chat").show_stats(conversation, 2048)
+    load_script("chat").show_stats(conversation)
     assert "\nguesses  " in capfd.readouterr().err

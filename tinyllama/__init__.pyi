@@ -10,7 +10,6 @@ from .checkpoints.load import load_model as load_model
 from .config import LlamaConfig as LlamaConfig
 from .config import RopeScaling as RopeScaling
 from .errors import InputError as InputError
-from .generation import TextReply as TextReply
 from .generation import TokenStream as TokenStream
 from .generation import generate as generate
 from .generation import prefill as prefill
@@ -21,4 +20,5 @@ from .hooks import patch as patch
 from .model import Llama as Llama
 from .sampler import NonFiniteLogitsError as NonFiniteLogitsError
 from .sampler import Sampler as Sampler
+from .text.reply import TextReply as TextReply
 from .text.tokenizer import Tokenizer as Tokenizer

@@ -14,7 +14,6 @@ from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.sampler import Sampler
 from tinyllama.speculation import Speculation
-from tinyllama.text.tokenizer import Tokenizer
 
 # Tokens of a prompt that go through the model at once: enough to keep the matrix units busy, few enough that
 # the attention scores of a long prompt (T x S for every head) stay small.
@@ -136,58 +135,6 @@ class TokenStream(Iterator[int]):
         if token in self._eos_ids:
             self.reason, self._left = "eos", 0
         return token
-
-
-class TextReply(Iterator[str]):
-    """The text of a token stream, in pieces that are certain: whole characters, no part of a stop string.
-
-    Attributes:
-        ids: the new ids so far.
-        reason: as in TokenStream, or "stop" at a stop string, which is left out of the text.
-    """
-
-    def __init__(
-        self, tokens: TokenStream, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = ()
-    ) -> None:
-        if not all(stop):
-            raise InputError("stop: expected non-empty strings, got ''")
-        self.ids: list[int] = []
-        self.reason: str | None = None
-        self._tokens, self._stop, self._held = tokens, stop, ""
-        self._text = tokenizer.stream(context)
-
-    def __next__(self) -> str:
-        """The next piece, not empty."""
-        while self.reason is None:
-            token = next(self._tokens, None)
-            if token is None:
-                self.reason = self._tokens.reason
-                self._held += self._text.flush()
-            else:
-                self.ids.append(token)
-                self._held += self._text.feed(token)
-            if piece := self._release():
-                return piece
-        raise StopIteration
-
-    def rest(self) -> str:
-        """The text held back as the possible start of a stop string, for a caller who leaves early."""
-        piece, self._held = self._held, ""
-        return piece
-
-    def _release(self) -> str:
-        """What of the held text is certain; the rest may be the start of a stop string."""
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        keep = 0
-        if found:
-            self.reason = "stop"
-            self._held = self._held[: min(found)]
-        elif self.reason is None:
-            starts = {stop[:n] for stop in self._stop for n in range(1, len(stop))}
-            keep = max((len(start) for start in starts if self._held.endswith(start)), default=0)
-        cut = len(self._held) - keep
-        piece, self._held = self._held[:cut], self._held[cut:]
-        return piece
 
 
 @torch.inference_mode()

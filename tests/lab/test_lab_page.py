@@ -22,10 +22,10 @@ from tests.pages import (
     running_browser,
     value_at,
 )
-from tinyllama.cli.terminal import visible
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.maps import BAR, BOTTOM, LEFT, SMALL, STEPS, TOP, head_map, layer_bars, moved, step
 from tinyllama.lab.page import divergence, formatted, page
+from tinyllama.progress import escape
 
 LAYERS, HEADS = 4, 3
 # (layers, heads): of the smallest model that is tried, and of the two that come with the project.
@@ -127,7 +127,7 @@ def test_every_figure_is_shown_as_it_is():
     assert len(shown) > 150
     for key, exact, text in shown:
         assert exact == value_at(figures, key), key
-        assert text in (visible(formatted(key, exact)), visible(formatted(key, exact), "\n\t")), key
+        assert text in (escape(formatted(key, exact)), escape(formatted(key, exact), "\n\t")), key
     for key, exact in re.findall(r'data-key="([^"]*)" data-value="([^"]*)"', source):
         assert json.loads(html.unescape(exact)) == value_at(figures, key), key
 

@@ -21,10 +21,10 @@ from tests.pages import (
     running_browser,
     value_at,
 )
-from tinyllama.cli.terminal import visible
 from tinyllama.parity.charts import NOT_DRAWN, Chart, layer_chart, position_charts
 from tinyllama.parity.page import formatted, page
 from tinyllama.parity.report import SECTIONS, concluded
+from tinyllama.progress import escape
 
 LAYERS = 30
 
@@ -155,7 +155,7 @@ def test_every_figure_is_shown_as_it_is():
     for key, (exact, text) in read.shown.items():
         value = value_at(figures, key)
         assert json.loads(exact) == value
-        assert text == visible(formatted(key, value)), key
+        assert text == escape(formatted(key, value)), key
 
 
 def test_no_figure_is_missing():
@@ -316,7 +316,7 @@ def test_the_browser_has_the_figures(browser, tmp_path):
     assert len(cells) > 300
     for key, exact, text in cells:
         assert json.loads(exact) == value_at(figures, key)
-        assert text == visible(formatted(key, value_at(figures, key)))
+        assert text == escape(formatted(key, value_at(figures, key)))
 
 
 @pytest.mark.parametrize("width", [360, 768, 1200])

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from tests.shapes import some_ids, tiny_config
 from tinyllama.attention import eager
-from tinyllama.cli import terminal
 from tinyllama.fast import native
 from tinyllama.kernels import KERNELS
 from tinyllama.parity import report, suite
@@ -19,6 +18,7 @@ from tinyllama.parity.gradients import WeightGradient
 from tinyllama.parity.mutations import MUTATIONS, Trial
 from tinyllama.parity.subjects import QUICK, Shape
 from tinyllama.parity.suite import Suite
+from tinyllama.progress import progress_line
 
 FLOAT32 = replace(QUICK, dtypes=("float32",))
 
@@ -317,7 +317,7 @@ def test_figures_of_nan_are_json_and_failures(continued):
 
 
 def test_without_a_terminal_the_steps_without_a_comma_are_lines(capsys):
-    with terminal.progress_line() as done:
+    with progress_line() as done:
         for what in ("tiny float32", "tiny float32, eager", "a\x1b[2Jname"):
             done(what)
     assert capsys.readouterr() == ("", "tiny float32\na\\x1b[2Jname\n")
@@ -326,8 +326,8 @@ def test_without_a_terminal_the_steps_without_a_comma_are_lines(capsys):
 def test_at_a_terminal_one_line_tells_of_every_step_and_goes_away(monkeypatch, capsys):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False)
-    monkeypatch.setattr(terminal, "Console", lambda **how: console)
-    with terminal.progress_line() as done:
+    monkeypatch.setattr("tinyllama.progress.Console", lambda **how: console)
+    with progress_line() as done:
         done("[bold]tiny[/bold]\x07, eager")
     _, shown, after = screen.getvalue().rpartition("[bold]tiny[/bold]\\x07, eager")
     assert shown

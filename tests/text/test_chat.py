@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +10,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.errors import InputError
-from tinyllama.text.chat import RoleMarkerWarning, render_chat
+from tinyllama.text.chat import render_chat
+from tinyllama.text.messages import RoleMarkerWarning
 from tinyllama.text.special_tokens import SpecialTokens
 from tinyllama.text.tokenizer import Tokenizer
 
@@ -22,16 +22,16 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% e
 TRIMMED = PLAIN.replace("m.content", "m.content | trim")
 
 
-def user(content):
-    return [{"role": "user", "content": content}]
+def user(*contents):
+    return [{"role": "user", "content": content} for content in contents]
 
 
 def segments(template, messages, **options):
     return render_chat(template, messages, SPECIAL, NAMES, **options)
 
 
-def joined(template, messages, **options):
-    return "".join(segment.text for segment in segments(template, messages, **options))
+def joined(template, messages):
+    return "".join(segment.text for segment in segments(template, messages))
 
 
 def by_origin(template, messages, origin):
@@ -45,17 +45,17 @@ roles = st.sampled_from(["system", "user", "assistant"])
 chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(messages=chats, prompt=st.booleans())
 @example(messages=user("ends in <|im_end"), prompt=True)
 @example(messages=user("|> begins so"), prompt=False)
-def test_ids_are_transformers_where_nobody_types_a_special_token(
+def test_ids_are_those_of_transformers_if_nobody_types_a_special_token(
     smollm2, smollm2_reference, messages, prompt
 ):
-    reference = smollm2_reference.apply_chat_template(
+    expected = smollm2_reference.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=prompt, return_dict=False
     )
-    assert smollm2.chat(messages, add_generation_prompt=prompt) == reference
+    assert smollm2.chat(messages, add_generation_prompt=prompt) == expected
 
 
 TEMPLATES = {
@@ -89,10 +89,10 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(messages=chats)
 def test_templates_render_as_in_transformers(name, messages):
-    # Fails where marks for specials or message borders show, or change what a template decides.
+    # Fails if a mask or a mark shows, or changes what a template decides.
     (expected,), _ = render_jinja_template(
         [messages], chat_template=TEMPLATES[name], add_generation_prompt=True, **NAMES
     )
@@ -100,26 +100,28 @@ def test_templates_render_as_in_transformers(name, messages):
 
 
 def test_a_content_may_be_a_list_of_texts():
-    template = (
-        "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}|{% endif %}{% endfor %}"
-    )
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": f"t{EOS}wo"}]
-    assert joined(template, user(parts)) == f"one|t{EOS}wo|"
-    assert by_origin(template, user(parts), "text") == ["one", f"t{EOS}wo"]
+    template = "{% for p in messages[0].content %}{{ p.text }}|{% endfor %}"
+    (message,) = user([{"type": "text", "text": "one"}, {"type": "text", "text": f"t{EOS}wo"}])
+    assert joined(template, [message]) == f"one|t{EOS}wo|"
+    assert by_origin(template, [message], "text") == ["one", f"t{EOS}wo"]
 
 
-# Special tokens that a user types
+# Whose text is whose
 
 
-@pytest.mark.parametrize(
-    "content", [EOS, f"a{EOS}b", f" {EOS} ", f"{EOS}{EOS}", "<s>", "<</s>>", "</s</s>s>", f"x\n{EOS}\n"]
-)
+TYPED = ["user", " user ", "a: b", EOS, f"a{EOS}b", f" {EOS} ", f"{EOS}{EOS}", "<s>", "<</s>>", "</s</s>s>"]
+MASKS = "".join(map(chr, range(0x10FF00, 0x10FFFE)))
+
+
+@pytest.mark.parametrize("content", [*TYPED, f"x\n{EOS}\n", pytest.param(MASKS + EOS, id="masks")])
 @pytest.mark.parametrize("template", [PLAIN, TRIMMED])
-def test_a_typed_special_token_is_text(template, content):
-    assert by_origin(template, user(content), "special") == [EOS]
-    assert joined(template, user(content)) == joined(template, user("@")).replace(
-        "@", content if template == PLAIN else content.strip()
-    )
+def test_what_a_user_types_is_text_special_tokens_included(template, content):
+    expected = content if template == PLAIN else content.strip()
+    assert [tuple(segment) for segment in segments(template, user(content))] == [
+        ("user: ", "template"),
+        (expected, "text"),
+        (EOS, "special"),
+    ]
 
 
 def test_a_typed_eos_never_becomes_its_id(llama, smollm2):
@@ -147,13 +149,12 @@ def test_a_typed_eos_never_becomes_its_id(llama, smollm2):
         ("{{ messages[0].content | length }}{{ messages[0].content }}s>", ["</"], "2</s>"),
     ],
 )
-def test_a_special_token_is_special_only_where_the_template_wrote_all_of_it(template, contents, expected):
-    messages = [message for content in contents for message in user(content)]
-    assert joined(template, messages) == expected
-    assert by_origin(template, messages, "special") == []
+def test_a_special_token_is_special_only_if_the_template_wrote_all_of_it(template, contents, expected):
+    assert joined(template, user(*contents)) == expected
+    assert by_origin(template, user(*contents), "special") == []
 
 
-def test_a_special_token_of_white_space_is_hidden_though_templates_trim_it():
+def test_a_special_token_of_white_space_is_hidden_although_templates_trim_it():
     breaks = SpecialTokens(["\n\n"], ["\n\n"])
     hidden = breaks.hide("a\n\n", {"\n": "@"})
     assert [segment.origin for segment in breaks.split(hidden, "text")] == ["text"]
@@ -164,36 +165,13 @@ def test_the_template_s_own_tokens_are_special_even_around_an_empty_message():
     assert by_origin("<{{ messages[0].content }}/s>", user(""), "special") == [EOS]
 
 
-def test_added_tokens_without_a_meaning_to_the_caller_are_recognised_in_messages():
+def test_added_tokens_that_control_nothing_are_recognised_in_messages():
     # Templates split messages at such tokens (<think>), so masking them would change what is rendered.
     assert by_origin(PLAIN, user("<think>"), "special") == ["<think>", EOS]
     assert joined("{{ messages[0].content.split('<think>')[-1] }}", user("a<think>b")) == "b"
 
 
-def test_a_special_token_outside_the_content_is_refused():
-    for message in ({"role": f"user{EOS}", "content": "a"}, {"role": "user", "content": "a", "name": [EOS]}):
-        with pytest.raises(InputError, match="message 0: special token '</s>' outside the content"):
-            segments(PLAIN, [message])
-
-
-def test_characters_used_as_masks_may_occur_in_messages():
-    masks = "".join(map(chr, range(0x10FF00, 0x10FFFE)))
-    assert joined(PLAIN, user(masks + EOS)) == f"user: {masks}{EOS}{EOS}"
-    assert by_origin(PLAIN, user(masks), "text") == [masks]
-
-
-# Origins
-
-
-@pytest.mark.parametrize("template", [PLAIN, TRIMMED])
-@pytest.mark.parametrize("content", ["user", " user ", "a: b", EOS])
-def test_origins_say_whose_text_it_is(template, content):
-    expected = content if template == PLAIN else content.strip()
-    assert by_origin(template, user(content), "text") == [expected]
-    assert by_origin(template, user(content), "template") == ["user: "]
-
-
-def test_the_origin_of_each_token(llama):
+def test_tokens_have_the_origins_of_their_segments(llama):
     tokens = llama.encode_segments(llama.chat_segments(user("▁Hi you")))
     assert [token.id for token in tokens] == llama.chat(user("▁Hi you"))
     text = [llama.piece(token.id) for token in tokens if token.origin == "text"]
@@ -202,13 +180,16 @@ def test_the_origin_of_each_token(llama):
 
 
 def test_the_first_token_of_a_prompt_belongs_to_the_first_text(tmp_path):
-    # Fails where the dummy prefix shifts the borders by one byte.
+    # Fails if the dummy prefix shifts the borders by one byte.
     template = "{% for m in messages %}{{ m.content }} cat{% endfor %}"
     tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, chat_template=template))
     tokens = tokenizer.encode_segments(tokenizer.chat_segments(user("the")))
     named = [(tokenizer.piece(token.id), token.origin) for token in tokens]
     assert named[0] == ("▁the", "text")
     assert {origin for _, origin in named[1:]} == {"template"}
+    # Here the dummy prefix is a token of its own.
+    tokens = tokenizer.encode_segments(tokenizer.chat_segments(user("\n")))
+    assert [(tokenizer.piece(id), origin) for id, origin in tokens[:2]] == [("▁", "text"), ("<0x0A>", "text")]
 
 
 # Role markers
@@ -230,11 +211,9 @@ def test_llama_2_s_markers_are_known(marker):
             segments(TEMPLATES["Llama 2"], user(content), strict=True)
 
 
-def test_ordinary_text_and_special_tokens_are_no_role_markers(smollm2, llama):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        llama.chat(user("a | b <|other|> [INST] <b>"), strict=True)
-        smollm2.chat(user("<|im_start|>system"), strict=True)
+def test_ordinary_text_and_special_tokens_are_not_role_markers(smollm2, llama):
+    llama.chat(user("a | b <|other|> [INST] <b>"), strict=True)
+    smollm2.chat(user("<|im_start|>system"), strict=True)
 
 
 # Bad input
@@ -256,6 +235,8 @@ def test_ordinary_text_and_special_tokens_are_no_role_markers(smollm2, llama):
         (user("a\udc80"), r"message 0: lone surrogate U\+DC80 at index 1"),
         (user(b"a"), "must be plain data"),
         ([{"role": "user", "content": "a", "f": print}], "must be plain data"),
+        ([{"role": f"user{EOS}", "content": "a"}], "message 0: special token '</s>' outside the content"),
+        ([{"role": "user", "content": "a", "name": [EOS]}], "special token '</s>' outside the content"),
     ],
 )
 def test_messages_of_another_structure_are_refused(messages, problem):

@@ -1,4 +1,4 @@
-"""Tokenizer folders for tests: the Llama one where it can be found, and small ones made on the spot."""
+"""Tokenizer folders for tests: Llama's if it can be found, and small ones made on the spot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers.processors import TemplateProcessing
 
 from tinyllama.checkpoints.hub import weights_folder
 
 DOWNLOADED = "TinyLlama-1.1B-Chat-v1.0"
+LLAMA_SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
 def find_llama_folder() -> Path:
-    """The folder with Llama's tokenizer.model: the shared one, else a downloaded checkpoint; else skip."""
+    """The folder with the Llama tokenizer: the shared one, or a downloaded checkpoint; skip without both."""
     if "TINYLLAMA_SHARED" in os.environ:
         return Path(os.environ["TINYLLAMA_SHARED"]) / "tokenizer"
     folder = weights_folder() / DOWNLOADED
@@ -50,58 +53,36 @@ def sentencepiece_folder(folder: Path, **config: object) -> Path:
     return folder
 
 
-def added_token(index: int, content: str, **options: bool) -> dict[str, object]:
-    """One of `added_tokens` in a tokenizer.json."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": index, "content": content} | flags | options
-
-
 def json_definition(**changes: object) -> dict[str, object]:
     """A tokenizer.json with a sentencepiece-like vocabulary: bytes, a few pieces, Llama 2's normalizer."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab"]
-    merges = [["▁", "a"], ["▁", "b"], ["a", "b"], ["▁", "ab"]]
-    definition: dict[str, object] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(index, pieces[index]) for index in range(3)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {piece: index for index, piece in enumerate(pieces)},
-            "merges": merges,
-        },
-    }
-    return definition | changes
+    pieces = [
+        *LLAMA_SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "▁a",
+        "▁b",
+        "ab",
+        "▁ab",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[("▁", "a"), ("▁", "b"), ("a", "b"), ("▁", "ab")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.add_special_tokens(list(LLAMA_SPECIAL))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return json.loads(tokenizer.to_str()) | changes
 
 
-def bos_first(token: str, index: int) -> dict[str, object]:
-    """The post-processor of a tokenizer.json that puts one token before every text."""
-    start, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [start, text],
-        "pair": [start, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
-    }
+def adds(template: str) -> dict[str, object]:
+    """The post-processor of a tokenizer.json that makes "<s> $A", say, of a text $A."""
+    return json.loads(TemplateProcessing(template, special_tokens=[*LLAMA_SPECIAL.items()]).__getstate__())

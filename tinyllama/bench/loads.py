@@ -19,7 +19,7 @@ from statistics import median  # noqa: E402
 
 from tinyllama.bench.peers import Setup, make_peer  # noqa: E402
 from tinyllama.bench.results import Load  # noqa: E402
-from tinyllama.cli.terminal import step_progress  # noqa: E402
+from tinyllama.progress import step_progress  # noqa: E402
 
 CONTEXT = 64  # enough for a first token
 STATUS = Path("/proc/self/status")

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from tinyllama.bench.loads import measure_loads
 from tinyllama.bench.peers import Peer, Setup, make_peer
 from tinyllama.bench.results import PeerResult, Rate, Results, Run
-from tinyllama.cli.terminal import step_progress
 from tinyllama.device import usable_device
 from tinyllama.errors import InputError
+from tinyllama.progress import step_progress
 
 READ_BYTES = 1_000_000_000  # more than a processor's caches hold
 # Rows, inner size and outer size of the large product: TinyLlama's up projection in a long prefill.

@@ -16,7 +16,7 @@ from tinyllama.bench.measure import Figure, Limits, Plan, load_peers, seconds
 from tinyllama.bench.peers import Setup
 from tinyllama.bench.results import Operation, Profile, Rate, Results, Run
 from tinyllama.bench.torch_peers import Ours, Transformers
-from tinyllama.cli.terminal import step_progress
+from tinyllama.progress import step_progress
 
 ATTENTION, OTHER = "RoPE, cache and attention", "everything else"
 # The last part of a module's path -> the operation that it is, without the modules inside it.

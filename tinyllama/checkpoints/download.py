@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 
 from tinyllama.checkpoints.files import INDEX, PICKLES, SINGLE, make_folder, one_line, require_space
-from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
+from tinyllama.progress import note
 
 ANSWER_SECONDS = 5.0
 TEXT_FILES = (

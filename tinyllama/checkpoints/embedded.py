@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tinyllama.checkpoints.files import SINGLE, make_folder, require_space
-from tinyllama.cli.terminal import byte_progress
 from tinyllama.errors import InputError
+from tinyllama.progress import byte_progress
 
 if TYPE_CHECKING:
     import gguf

@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
+from tinyllama.progress import note
 
 # The weights of a checkpoint folder: one file, or an index and its shards.
 SINGLE = "model.safetensors"

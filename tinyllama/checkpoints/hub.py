@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from tinyllama.checkpoints.download import SHARD, RefusedError, UnreachableError, download, origin
 from tinyllama.checkpoints.embedded import make_embedded
 from tinyllama.checkpoints.files import INDEX, SINGLE
-from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
+from tinyllama.progress import note
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 REVISIONS = {DEFAULT_MODEL: "fe8a4ea1ffedaf415f4da2f062534de366a451e6"}

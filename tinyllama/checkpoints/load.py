@@ -20,12 +20,12 @@ from tinyllama.checkpoints.files import AGAIN, one_line
 from tinyllama.checkpoints.headers import StoredTensor, find_tensors
 from tinyllama.checkpoints.hub import resolve
 from tinyllama.checkpoints.storage import Storage, compile_steps, speed_up, start
-from tinyllama.cli.terminal import byte_progress
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
 from tinyllama.kernels import kernel
 from tinyllama.model import Llama
+from tinyllama.progress import byte_progress
 from tinyllama.text.tokenizer import Tokenizer
 
 HEAD = "lm_head.weight"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyllama.attention import sdpa
-from tinyllama.cli.terminal import note
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
+from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim

@@ -20,8 +20,8 @@ ACTIVATIONS = (torch.float32, torch.bfloat16)
 # matvec.c serves up to so many vectors: there they cost little more than reading the weights once. matmul.c
 # serves more (measured: docs/performance-log.md, "Matrix products").
 FEW = 32
-# attention.c takes heads of a multiple of LANES numbers, and keeps blocks of up to MOST_D wide and the heads of
-# a group on its stack.
+# attention.c takes heads of a multiple of LANES numbers; blocks of keys up to MOST_D wide and the heads of a
+# group are on its stack.
 LANES, MOST_D, MOST_GROUP = 16, 256, 64
 # Processor instructions with which PyTorch multiplies bfloat16 matrices faster than matmul.c: x86-64, ARM.
 BFLOAT16_MATRICES = {"amx_bf16", "bf16"}

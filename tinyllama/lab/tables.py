@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama.cli.terminal import visible
 from tinyllama.hooks import addresses, numel, shape
 from tinyllama.model import Llama
+from tinyllama.progress import escape
 
 Figures = dict[str, Any]
 
@@ -27,7 +27,7 @@ def show(console: Console, figures: Figures) -> None:
             _show_broken(console, card)
     measured = [card for card in cards if card["passed"]]
     if measured:
-        texts = ", ".join(f"{visible(name)} {count}" for name, count in figures["texts"].items())
+        texts = ", ".join(f"{escape(name)} {count}" for name, count in figures["texts"].items())
         own = ", ".join(figures["model"]["kernels"])
         console.print(Text(f"beside the unchanged model ({own}), on {texts} tokens", style="bold"))
         console.print(_summary(figures, measured), "")
@@ -39,7 +39,7 @@ def _show_broken(console: Console, card: Figures) -> None:
     console.print(Text(f"{card['name']}: breaks the contract, so it is measured no further"))
     for clause in card["contract"]:
         if clause["verdict"] == "BROKEN":
-            console.print(Text(f"  {clause['clause']}: {clause['says']}\n    {visible(clause['example'])}"))
+            console.print(Text(f"  {clause['clause']}: {clause['says']}\n    {escape(clause['example'])}"))
     console.print()
 
 
@@ -52,7 +52,7 @@ def _summary(figures: Figures, cards: list[Figures]) -> Table:
     for card in cards:
         whole, speed, needed = card["all"], card.get("speed"), card["keys"]["needed"]
         table.add_row(
-            Text(visible(card["name"])),
+            Text(escape(card["name"])),
             change(whole),
             f"{whole['kl_mean']:.1e}",
             f"{whole['top1']:.1%}",
@@ -64,13 +64,13 @@ def _summary(figures: Figures, cards: list[Figures]) -> Table:
 
 
 def _show_card(console: Console, figures: Figures, card: Figures) -> None:
-    console.print(Text(f"{visible(card['name'])}, layers {ranges(card['layers'])}", style="bold"))
+    console.print(Text(f"{escape(card['name'])}, layers {ranges(card['layers'])}", style="bold"))
     declared = [clause for clause in card["contract"] if clause["verdict"] == "declared"]
     console.print(f"contract: {len(card['contract']) - len(declared)} clauses kept")
     for clause in declared:
-        console.print(Text(f"  {clause['clause']}: broken, as declared: {visible(clause['example'])}"))
+        console.print(Text(f"  {clause['clause']}: broken, as declared: {escape(clause['example'])}"))
     for row in card["texts"]:
-        console.print(Text(f"{visible(row['text'])}: {prediction(row)}"))
+        console.print(Text(f"{escape(row['text'])}: {prediction(row)}"))
     if len(card["texts"]) > 1:
         console.print(Text(f"all: {prediction(card['all'])}"))
     console.print(Text(f"change of each head's output, relative to it: {legend()}"))
@@ -197,5 +197,5 @@ def ranges(numbers: list[int]) -> str:
 
 def shortened(text: str, length: int = 60) -> str:
     """On one line, cut to a length."""
-    line = visible(text.replace("\n", "⏎"))
+    line = escape(text.replace("\n", "⏎"))
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinyllama.cli.terminal import visible
+from tinyllama.progress import escape
 
 Figures = dict[str, Any]
 Formatted = Callable[[str, Any], str]
@@ -57,7 +57,7 @@ def render(package: str, figures: Figures, formatted: Formatted, **names: Any) -
         figure=partial(tagged, "<span {}>{}</span>"),
         prose=partial(tagged, "<span {}>{}</span>", keep=LINES),
         about=partial(_about, figures),
-        plain=lambda text: Markup.escape(visible(text, LINES)),
+        plain=lambda text: Markup.escape(escape(text, LINES)),
         style=Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{_sha256(style)}'",
         **names,
@@ -69,7 +69,7 @@ def _tagged(figures: Figures, formatted: Formatted, element: str, key: str, keep
     value = _value(figures, key)
     kind = "text" if isinstance(value, (str, bool, dict)) else "figure"
     about = Markup('class="{}" {}').format(kind, _about(figures, key))
-    return Markup(element).format(about, visible(formatted(key, value), keep))
+    return Markup(element).format(about, escape(formatted(key, value), keep))
 
 
 def _about(figures: Figures, key: str) -> Markup:
@@ -86,7 +86,7 @@ def _value(figures: Figures, key: str) -> Any:
 
 def _harmless(value: Any) -> Any:
     """Text with its invisible characters as escapes, which autoescape knows nothing of."""
-    return visible(value) if type(value) is str else value
+    return escape(value) if type(value) is str else value
 
 
 def _sha256(text: str) -> str:

@@ -1,15 +1,18 @@
 """Chat messages -> the segments of a prompt, by the checkpoint's own template.
 
 The template is code from a download, so it runs in jinja2's sandbox. The messages are text from a user, so
-a special token typed there stays text: nobody can end a turn, or begin one, from inside a message.
+a special token typed there stays text: a message cannot end a turn or begin one.
+
+A rendered template is one string, in which a typed "</s>" looks like the template's own. So the template is
+rendered with the characters of typed special tokens replaced by private-use ones (masks), the result is split
+at the special tokens that are left, and the masks are replaced back.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -18,17 +21,10 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tinyllama.errors import InputError
-from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
+from tinyllama.text.messages import Message, check_role_markers, map_contents, plain_messages
+from tinyllama.text.special_tokens import Segment, SpecialTokens
 
-# Role markers as templates spell them where they are not special tokens: <|user|>, [INST], <<SYS>>.
-ROLE_MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>|\[/?[A-Z_]+\]|<</?[A-Z_]+>>")
 MASKS = range(0x10FFFD, 0xFFFF, -1)  # from the private-use planes down
-
-Message = dict[str, Any]
-
-
-class RoleMarkerWarning(UserWarning):
-    """A message contains a role marker of the template, and the model cannot tell who wrote it."""
 
 
 def render_chat(
@@ -39,19 +35,19 @@ def render_chat(
     add_generation_prompt: bool = True,
     strict: bool = False,
 ) -> list[Segment]:
-    """The prompt for a chat, in segments; their texts joined are what transformers renders.
+    """The prompt for a chat in segments, whose joined texts are what transformers renders.
 
     Args:
-        template: jinja2 source, given the helpers and variables that it has in transformers.
+        template: jinja2 source; it gets the helpers and variables that transformers gives it.
         messages: dicts with a `role` and a `content`: a string, or a list of {"type": "text", "text": ...}.
-        special: special tokens become segments of their own where the template wrote them.
-        names: `bos_token`, `eos_token` and their like, for the template.
+        special: a special token that the template wrote becomes a segment of its own.
+        names: the text of `bos_token`, `eos_token`, ..., for the template.
         add_generation_prompt: end with the opening of the assistant's turn.
-        strict: refuse role markers in a message, instead of a `RoleMarkerWarning`.
+        strict: raise InputError for a role marker in a message, instead of warning.
 
     Raises:
-        InputError: messages of another structure, a template that fails or reaches out of its sandbox, or
-            a role marker under `strict`.
+        InputError: the messages have another structure, the template fails or tries to leave its sandbox,
+            or a message contains a role marker and `strict` is true.
     """
     messages = plain_messages(messages, special)
     check_role_markers(template, messages, special, strict)
@@ -65,8 +61,9 @@ def render_chat(
 
     hidden = map_contents(messages, partial(special.hide, mask=mask))
     rendered = render(template, hidden, variables)
-    # Marks at the ends of the messages tell whose text is whose. A template that trims the messages, or looks
-    # at their ends, may treat a marked one differently: then the marks go inside the white space, or nowhere.
+    # Marks around each message's text show which text is the user's. A template that trims the messages or
+    # looks at their ends may treat a marked one differently: then the marks go inside the white space, and
+    # if that changes the result too, there are no marks.
     for trimmed in (False, True):
         enclosed = map_contents(hidden, partial(enclose, begin=begin, end=end, trimmed=trimmed))
         marked = render(template, enclosed, variables)
@@ -86,87 +83,20 @@ def render_chat(
 
 
 def enclose(text: str, begin: str, end: str, trimmed: bool) -> str:
-    """Mark both ends of a text, or of what is left of it when trimmed."""
+    """The text with marks at both ends, or, if trimmed, at the ends of what is not white space."""
     core = text.strip() if trimmed else text
     return text.replace(core, begin + core + end, 1) if core else text
 
 
-def map_contents(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
-    """The messages with every text in their contents changed."""
-
-    def changed(content: str | list[Message]) -> str | list[Message]:
-        if isinstance(content, str):
-            return change(content)
-        return [{**part, "text": change(part["text"])} for part in content]
-
-    return [{**message, "content": changed(message["content"])} for message in messages]
-
-
-def plain_messages(messages: Sequence[Message], special: SpecialTokens) -> list[Message]:
-    """A checked copy of the messages in plain JSON types, which hold nothing that a template could call."""
-    if not isinstance(messages, (list, tuple)):
-        raise InputError(
-            f"chat: expected a list of messages, got {type(messages).__name__}; pass a list of dicts"
-        )
-    if not messages:
-        raise InputError("chat: no messages; give at least one with a role and a content")
-    try:
-        copies: list[Message] = json.loads(json.dumps(messages))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"chat: messages must be plain data ({error}); use strings, lists and dicts"
-        ) from error
-    for index, message in enumerate(copies):
-        check_message(message, f"chat: message {index}", special)
-    return copies
-
-
-def check_message(message: Message, where: str, special: SpecialTokens) -> None:
-    """Raise InputError for a message without a role or a text content, or with special tokens elsewhere."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError(f"{where}: expected a dict with 'role' and 'content', got {message!r:.80}")
-    content = message.get("content")
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InputError(
-                f"{where}: expected 'content' to be a string or a list of {{'type': 'text', 'text': ...}}, "
-                f"got {content!r:.80}"
-            )
-        check_text(part["text"], where)
-    (rest,) = map_contents([message], lambda text: "")
-    spelled = json.dumps(rest, ensure_ascii=False)
-    check_text(spelled, where)
-    for token in special.control:
-        # Templates compare these values with constants, so they cannot be masked.
-        if json.dumps(token, ensure_ascii=False)[1:-1] in spelled:
-            raise InputError(f"{where}: special token {token!r} outside the content; remove it there")
-
-
-def check_role_markers(template: str, messages: list[Message], special: SpecialTokens, strict: bool) -> None:
-    """Warn of, or refuse, role markers in a message: they are plain text, so no id tells who wrote them."""
-    markers = sorted(set(ROLE_MARKER.findall(template)).difference(special.control))
-    for index, message in enumerate(messages):
-        content = message["content"]
-        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        for marker in markers:
-            if marker in text:
-                problem = (
-                    f"chat: message {index} contains {marker!r}, which the model reads as the start of a turn"
-                )
-                if strict:
-                    raise InputError(f"{problem}; remove it")
-                warnings.warn(problem, RoleMarkerWarning, stacklevel=5)  # the caller of Tokenizer.chat
-
-
 def render(template: str, messages: list[Message], variables: dict[str, Any]) -> str:
-    """Render a chat template in the sandbox; raises InputError for whatever goes wrong in it."""
+    """Render a chat template in the sandbox; raises InputError for any error in it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes for HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # The class itself has methods that the sandbox would let change a message: dict.update(messages[0], ...).
+    # The class itself has methods by which a template could change a message: dict.update(messages[0], ...).
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     try:
         compiled = environment.from_string(template)
@@ -181,8 +111,3 @@ def render(template: str, messages: list[Message], variables: dict[str, Any]) ->
 def raise_exception(message: str) -> NoReturn:
     """How a template refuses messages."""
     raise TemplateError(message)
-
-
-def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is: jinja2's own filter escapes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import eq
+from pathlib import Path
 from typing import Any
 
+from tinyllama.checkpoints.files import replace_text
 from tinyllama.errors import InputError
-from tinyllama.generation import TextReply, stream
+from tinyllama.generation import stream
 from tinyllama.model import Llama
 from tinyllama.speculation import Speculation
-from tinyllama.text.chat import Message
+from tinyllama.text.messages import Message
+from tinyllama.text.reply import TextReply
 from tinyllama.text.tokenizer import Tokenizer
 
 
@@ -23,9 +28,9 @@ class Turn:
         prompt: tokens of the conversation up to the reply.
         cached: how many of those were in the cache already and were not computed again.
         new: tokens of the reply.
-        seconds: what each of them took; the first includes the prefill.
+        seconds: time for each token of the reply; the first includes the prefill.
         reason: why the reply ended, as in `TextReply`; None if it was interrupted.
-        speculation: how guessing went; None if it was off.
+        speculation: counts of guessed tokens; None if speculation was off.
     """
 
     prompt: int
@@ -37,15 +42,16 @@ class Turn:
 
 
 class Conversation:
-    """Messages, and the KV cache that holds them, kept from turn to turn.
+    """Messages, and the KV cache that holds their tokens from turn to turn.
 
-    Each turn renders all messages anew by the model's chat template. As far as the new ids begin like those
-    in the cache, their keys and values are there: a token's depend on the tokens before it alone. Only the
-    rest goes through the model. Changing an old message is safe: the common prefix is then shorter.
+    Each turn renders all messages by the model's chat template and compares the ids with those in the cache.
+    The keys and values of the common prefix are right, since a token's depend only on the tokens before it;
+    the rest goes through the model. So old messages may be changed: the common prefix is then shorter.
 
     Attributes:
         messages: dicts with `role` and `content`, as in `Tokenizer.chat`; may be changed between turns.
         last: the latest turn, None before the first.
+        context: the model's context length in tokens.
     """
 
     def __init__(
@@ -53,22 +59,18 @@ class Conversation:
     ) -> None:
         self.messages = list(messages)
         self.last: Turn | None = None
+        self.context = model.config.max_position_embeddings
         self._model, self._tokenizer, self._strict = model, tokenizer, strict
         self._cache = model.new_cache(1, 0)
         self._cached_ids: list[int] = []
 
     def ask(
-        self,
-        text: str,
-        show: Callable[[str], object],
-        *,
-        max_new_tokens: int = 256,
-        **settings: Any,
+        self, text: str, show: Callable[[str], object], *, max_new_tokens: int = 256, **settings: Any
     ) -> str:
         """Send a message and return the reply.
 
-        Whatever ends a reply early (Ctrl-C, an exception of `show`), what was said until then is kept as the
-        reply, and the next turn goes on from there. If nothing was said, the message is taken back too.
+        If a reply ends early (Ctrl-C, an exception from `show`), what was said so far is kept as the reply,
+        and the next turn continues from there. If nothing was said, the message is not kept either.
 
         Args:
             text: the user's message.
@@ -82,18 +84,17 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.chat(messages, strict=self._strict)
-        context = self._model.config.max_position_embeddings
-        if len(ids) >= context:
+        if len(ids) >= self.context:
             raise InputError(
-                f"the conversation has {len(ids)} tokens, the context {context}; start a new one (/reset)"
+                f"the conversation has {len(ids)} tokens, the context {self.context}; start over (/reset)"
             )
-        # The last token is computed in any case: its logits choose the next.
-        cached = min(common_prefix(ids, self._cached_ids), len(ids) - 1)
-        self._reserve(min(len(ids) + max_new_tokens, context))
+        common = sum(takewhile(bool, map(eq, ids, self._cached_ids)))
+        cached = min(common, len(ids) - 1)  # the last token is always computed: its logits choose the next
+        self._reserve(min(len(ids) + max_new_tokens, self.context))
         self._cache.length = cached
         tokens = stream(self._model, ids, max_new_tokens=max_new_tokens, cache=self._cache, **settings)
         reply = TextReply(tokens, self._tokenizer, ids)
-        self._cached_ids = ids[:cached]  # an interrupted prefill leaves anything after these
+        self._cached_ids = ids[:cached]  # an interrupted prefill may have overwritten what follows
         said = ""
         try:
             for piece in reply:
@@ -110,16 +111,34 @@ class Conversation:
             )
         return said
 
+    def save(self, path: Path) -> None:
+        """Write the messages as JSON, replacing an old file only by the complete new one."""
+        replace_text(path, json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
+
+    def load(self, path: Path) -> None:
+        """Continue with the messages that `save` wrote; the next turn computes their tokens.
+
+        Raises:
+            InputError: the file cannot be read, or holds no messages.
+        """
+        try:
+            messages = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}; give a saved file") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not readable as JSON ({error}); give a saved file") from error
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise InputError(f"{path}: expected a list of objects with role and content; give a saved file")
+        self.messages = messages
+
     def _reserve(self, length: int) -> None:
-        """Make room for `length` tokens; doubling, so that a long conversation is copied a few times only."""
+        """Make room for `length` tokens; at least double it, so that a long conversation is copied rarely."""
         old = self._cache
         if old.capacity < length:
-            context = self._model.config.max_position_embeddings
-            self._cache = self._model.new_cache(1, min(max(length, 2 * old.capacity), context))
+            self._cache = self._model.new_cache(1, min(max(length, 2 * old.capacity), self.context))
             self._cache.keys[..., : 1 + old.capacity, :] = old.keys
             self._cache.values[..., : 1 + old.capacity, :] = old.values
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences have in common from the start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

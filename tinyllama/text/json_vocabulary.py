@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -15,13 +16,16 @@ import tokenizers
 from tinyllama.checkpoints.files import AGAIN
 from tinyllama.errors import InputError
 from tinyllama.text.tokenizer_files import TokenizerFiles, flatten
-from tinyllama.text.vocabulary import EACH_BYTE, sentencepiece_bytes
+from tinyllama.text.vocabulary import EACH_BYTE, Vocabulary, sentencepiece_bytes
 
 SENTENCEPIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
+# `Tokenizer` adds special tokens; truncation or padding stored in the file would change texts unasked.
+LEFT_OUT: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
 
-def byte_spellings() -> dict[int, str]:
-    """Byte -> the character that spells it (GPT-2, encoder.py, bytes_to_unicode).
+
+def byte_spellings() -> dict[str, int]:
+    """The character that spells a byte -> the byte (GPT-2, encoder.py, bytes_to_unicode).
 
     Printable Latin-1 characters spell themselves, the other bytes get the characters from U+0100 on.
     """
@@ -31,97 +35,82 @@ def byte_spellings() -> dict[int, str]:
         *range(ord("®"), ord("ÿ") + 1),
     ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-SPELLING = byte_spellings()
-SPELLED = {character: byte for byte, character in SPELLING.items()}
+SPELLED = byte_spellings()
 
 
-class JsonVocabulary:
-    """A tokenizer.json without its special tokens, which `Tokenizer` splits off beforehand.
+def byte_level_bytes(piece: str) -> bytes:
+    """The bytes of a byte-level piece; a piece with any other character stands for its own UTF-8."""
+    if all(character in SPELLED for character in piece):
+        return bytes(SPELLED[character] for character in piece)
+    return piece.encode("utf-8")
 
-    As in `tokenizers` itself, a Metaspace step loses a space at the start of a text.
+
+def json_vocabulary(files: TokenizerFiles) -> Vocabulary:
+    """The vocabulary of a tokenizer.json.
+
+    A Metaspace step loses a space at the start of a text, as it does in `tokenizers` itself.
+
+    Raises:
+        InputError: the file is malformed, or of another kind.
     """
+    assert files.json is not None
+    path = files.folder / "tokenizer.json"
+    decoder = {str(step.get("type")) for step in files.steps("decoder")}
+    byte_level = decoder == {"ByteLevel"}
+    if not byte_level and not {"ByteFallback"} <= decoder <= SENTENCEPIECE_STEPS:
+        raise InputError(
+            f"{path}: decoder {sorted(decoder)}, expected ByteLevel, or the ByteFallback of a "
+            "sentencepiece model: not supported; use another checkpoint"
+        )
+    dummy_prefix = bool(decoder & {"Strip", "Metaspace"})
+    definition = files.json | LEFT_OUT
+    first_part = later_part = _build(path, definition)
+    if dummy_prefix and not files.prefixes_every_part():
+        later_part = _build(path, _without_prefix(definition))
+    ids: dict[str, int] = first_part.get_vocab()
+    unknown = {byte for character, byte in SPELLED.items() if byte_level and character not in ids}
 
-    def __init__(self, files: TokenizerFiles) -> None:
-        assert files.json is not None
-        self._path = files.folder / "tokenizer.json"
-        decoder = {str(step.get("type")) for step in files.steps("decoder")}
-        byte_level = decoder == {"ByteLevel"}
-        if not byte_level and not {"ByteFallback"} <= decoder <= SENTENCEPIECE_STEPS:
-            raise InputError(
-                f"{self._path}: decoder {sorted(decoder)}, expected ByteLevel, or the ByteFallback of a "
-                "sentencepiece model: not supported; use another checkpoint"
-            )
-        self.spells_space = not byte_level
-        self.dummy_prefix = bool(decoder & {"Strip", "Metaspace"})
-        self.decode_errors = "replace" if byte_level else EACH_BYTE
+    def encode(text: str, first: bool) -> list[int]:
+        _check_bytes(text, unknown, path)
+        found: list[int] = (first_part if first else later_part).encode(text, add_special_tokens=False).ids
+        return found
 
-        # Truncation or padding stored in the file would change texts unasked.
-        unwanted: dict[str, Any] = {
-            "added_tokens": [],
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-        }
-        definition = files.json | unwanted
-        self._first = self._later = self._load(definition)
-        if self.dummy_prefix and not files.prefixes_every_part():
-            self._later = self._load(without_prefix(definition))
-        self._ids: dict[str, int] = self._first.get_vocab()
-        self._pieces = {index: piece for piece, index in self._ids.items()}
-        self.size = max(self._pieces, default=-1) + 1
-        self._unknown_bytes = {
-            byte for byte in SPELLED.values() if byte_level and SPELLING[byte] not in self._ids
-        }
-        bos = files.template_bos()
-        self.named_tokens = {"bos_token": bos} if bos else {}
-        self.adds_bos = bos is not None
-
-    def _load(self, definition: dict[str, Any]) -> tokenizers.Tokenizer:
-        try:
-            return tokenizers.Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:  # `tokenizers` raises nothing more specific
-            raise InputError(f"{self._path}: not a tokenizer ({error}); {AGAIN}") from error
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        """The ids of a text without special tokens; `first` where nothing precedes it.
-
-        Raises InputError for a character that the vocabulary has no token for: `tokenizers` would drop it
-        without a word (SmolLM2 lacks six control characters and the planes above U+3FFFF).
-        """
-        unknown = self._unknown_bytes.intersection(text.encode("utf-8"))
-        if unknown:
-            index = next(
-                i for i, character in enumerate(text) if unknown.intersection(character.encode("utf-8"))
-            )
-            raise InputError(
-                f"text: character U+{ord(text[index]):04X} at index {index} has no token in {self._path}; "
-                "remove it"
-            )
-        ids: list[int] = (self._first if first else self._later).encode(text, add_special_tokens=False).ids
-        return ids
-
-    def find(self, piece: str) -> int | None:
-        """The id of a token by its spelling, None where there is none."""
-        return self._ids.get(piece)
-
-    def piece(self, index: int) -> str | None:
-        """The spelling of a token, None where no token has this id."""
-        return self._pieces.get(index)
-
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that an existing token stands for."""
-        piece = self._pieces[index]
-        if self.spells_space:
-            return sentencepiece_bytes(piece)
-        if all(character in SPELLED for character in piece):
-            return bytes(SPELLED[character] for character in piece)
-        return piece.encode("utf-8")
+    bos = files.template_bos()
+    return Vocabulary(
+        pieces={index: piece for piece, index in ids.items()},
+        piece_bytes=byte_level_bytes if byte_level else sentencepiece_bytes,
+        encode=encode,
+        spells_space=not byte_level,
+        dummy_prefix=dummy_prefix,
+        decode_errors="replace" if byte_level else EACH_BYTE,
+        adds_bos=bos is not None,
+        named_tokens={"bos_token": bos} if bos else {},
+    )
 
 
-def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
+def _build(path: Path, definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        raise InputError(f"{path}: not a tokenizer ({error}); {AGAIN}") from error
+
+
+def _check_bytes(text: str, unknown: set[int], path: Path) -> None:
+    """Raise InputError for a character that the vocabulary has no token for.
+
+    `tokenizers` would drop it silently (SmolLM2 lacks six control characters and the planes above U+3FFFF).
+    """
+    if unknown.intersection(text.encode("utf-8")):
+        index = next(i for i, character in enumerate(text) if unknown.intersection(character.encode("utf-8")))
+        raise InputError(
+            f"text: character U+{ord(text[index]):04X} at index {index} has no token in {path}; remove it"
+        )
+
+
+def _without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer.json with a Metaspace step that prepends nothing."""
     pre_tokenizer = copy.deepcopy(definition.get("pre_tokenizer"))
     for step in flatten(pre_tokenizer):

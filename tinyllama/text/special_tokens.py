@@ -10,7 +10,7 @@ from tinyllama.errors import InputError
 
 
 class Segment(NamedTuple):
-    """A stretch of a prompt; `origin` is "special" (one special token), "template" or "text"."""
+    """A part of a prompt; `origin` is "special" (one special token), "template" or "text" (a user's)."""
 
     text: str
     origin: str
@@ -19,8 +19,8 @@ class Segment(NamedTuple):
 class SpecialTokens:
     """The tokens that are split off a text before the vocabulary sees the rest.
 
-    `texts` are all of them. `control` are those that mean something to the model or to its caller (BOS, the
-    end of a turn), which a chat message must not be able to produce.
+    `texts` are all of them. `control` are those with a meaning for the model or its caller (BOS, the end of a
+    turn): a chat message must not be able to produce them.
     """
 
     def __init__(self, texts: Iterable[str], control: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ class SpecialTokens:
         self._starts = re.compile(f"(?s:(?={any_of(starts)}).)")
 
     def split(self, text: str, origin: str) -> list[Segment]:
-        """The text cut into special tokens and the stretches of `origin` between them, none of them empty."""
+        """The text cut into special tokens and the parts of `origin` between them, without empty parts."""
         segments = []
         end = 0
         for match in self._tokens.finditer(text):
@@ -41,13 +41,13 @@ class SpecialTokens:
         return [segment for segment in segments if segment.text]
 
     def hide(self, text: str, mask: dict[str, str]) -> str:
-        """Mask, one for one, the characters by which `text` would begin a control token or go on with one.
+        """Replace, by their masks, the characters with which `text` would begin or continue a control token.
 
-        That covers the tokens inside the text, and those that it would form with what a template writes
-        beside it: a message "</" before the template's "s>".
+        That covers the tokens inside the text, and those that it would form with the template's text beside
+        it: a message "</" before the template's "s>".
         """
         text = self._mask_starts(text, mask)
-        core = text.strip()  # what a template that trims leaves of it
+        core = text.strip()  # what a template that trims would keep
         hidden = self._mask_starts(core, mask)
         if core and any(continues(core, token) for token in self.control):
             hidden = mask.get(hidden[0], hidden[0]) + hidden[1:]
@@ -58,18 +58,18 @@ class SpecialTokens:
 
 
 def any_of(patterns: Iterable[str]) -> str:
-    """A regular expression for the first pattern that matches; for none of them, one that never does."""
+    """A regular expression that matches any of the patterns; without patterns it never matches."""
     return "|".join(patterns) or "(?!)"
 
 
 def continues(text: str, token: str) -> bool:
-    """Whether a token begun before `text` could go on into it."""
+    """Whether a token that begins before `text` could continue into it."""
     rests = (token[start:] for start in range(1, len(token)))
     return any(text.startswith(rest) or rest.startswith(text) for rest in rests)
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise InputError for what is no text: another type, or a lone surrogate, which UTF-8 cannot express."""
+    """Raise InputError for another type than str, or a lone surrogate, which UTF-8 cannot express."""
     if not isinstance(text, str):
         raise InputError(f"{where}: expected a str, got {type(text).__name__}; decode bytes as UTF-8 first")
     try:

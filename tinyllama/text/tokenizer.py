@@ -1,7 +1,18 @@
 """Text <-> ids.
 
-A text is cut at its special tokens; what lies between goes through the vocabulary on its own. Back again,
-every id stands for some bytes, and a text is their concatenation read as UTF-8.
+A text is cut at its special tokens, and the vocabulary encodes each part between them on its own. To decode,
+the bytes that the ids stand for are joined and read as UTF-8. Whose ids these are:
+
+- With a tokenizer.model: BOS, then for each part the ids of `sentencepiece`, which puts a space (the dummy
+  prefix) before the part. transformers 4 gives the same ids. `sentencepiece` alone knows no special tokens:
+  it spells "</s>" with three pieces.
+- transformers 5 builds its own tokenizer from a tokenizer.model and gives other ids in two cases: a text that
+  starts with a space gets no dummy prefix (" " is 29871 there, 259 here), and it splits some runs of two
+  spaces differently. Of 10,000 odd strings 301 differed in this way.
+- With `legacy: false` in tokenizer_config.json only the first part of a text gets the dummy prefix, here and
+  in transformers 5: "</s>" and a newline are 2, 13. Otherwise every part gets one: 2, 29871, 13.
+- With a tokenizer.json alone: the ids of the `tokenizers` library, and so of transformers 4 and 5. A
+  character without a token is refused here and dropped there.
 """
 
 from __future__ import annotations
@@ -14,11 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama.errors import InputError
-from tinyllama.text.chat import Message, render_chat
-from tinyllama.text.json_vocabulary import JsonVocabulary
+from tinyllama.text.chat import render_chat
+from tinyllama.text.json_vocabulary import json_vocabulary
+from tinyllama.text.messages import Message
 from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
 from tinyllama.text.tokenizer_files import TokenizerFiles
-from tinyllama.text.vocabulary import SPACE, SentencePieceVocabulary, Vocabulary
+from tinyllama.text.vocabulary import SPACE, sentencepiece_vocabulary
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -35,13 +47,14 @@ class Tokenizer:
 
     Attributes:
         vocab_size: highest id + 1, added tokens included.
-        bos_id, eos_id, pad_id: None where the checkpoint names no such token.
+        bos_id, eos_id, pad_id: None if the checkpoint names no such token.
         special_ids: the ids that `skip_special` leaves out of a decoded text.
-        chat_template: jinja2 source, None where the checkpoint is no chat model.
+        chat_template: jinja2 source, None if the checkpoint is not a chat model.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        vocabulary: Vocabulary = SentencePieceVocabulary(files) if files.model else JsonVocabulary(files)
+        vocabulary = sentencepiece_vocabulary(files) if files.model else json_vocabulary(files)
+        spelled = {piece: index for index, piece in vocabulary.pieces.items()}
         added = files.added_tokens()
         ids = {text: index for text, (index, _) in added.items()}
         names = {}
@@ -49,7 +62,7 @@ class Tokenizer:
             text = files.named_token(name, vocabulary.named_tokens.get(name))
             if text is None:
                 continue
-            index = ids.get(text, vocabulary.find(text))
+            index = ids.get(text, spelled.get(text))
             if index is None:
                 raise files.config_error(f"{name} is {text!r}, which is not in the vocabulary")
             ids[text] = index
@@ -65,19 +78,20 @@ class Tokenizer:
         self.eos_id = ids.get(names.get("eos_token", ""))
         self.pad_id = ids.get(names.get("pad_token", ""))
         self.special_ids = frozenset(ids[text] for text in control)
-        self.vocab_size = max([vocabulary.size - 1, *ids.values()]) + 1
+        self.vocab_size = max([*vocabulary.pieces, *ids.values()]) + 1
         self.chat_template = files.chat_template
         self._folder = files.folder
         self._vocabulary = vocabulary
         self._ids = ids
         self._texts = {index: text for text, index in ids.items()}
+        self._pieces = vocabulary.pieces | self._texts
         self._names = names
         self._special = SpecialTokens(ids, control)
         self._adds_bos = vocabulary.adds_bos if adds_bos is None else adds_bos
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a checkpoint folder: tokenizer.model where there is one, else tokenizer.json.
+        """The tokenizer of a checkpoint folder: tokenizer.model if there is one, otherwise tokenizer.json.
 
         Raises InputError for files that are missing, damaged, or ask for something that is not supported.
         """
@@ -92,14 +106,14 @@ class Tokenizer:
         )
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text, after BOS where the model is used to one; special tokens in it are recognised.
+        """The ids of a text, after BOS if the model expects one; special tokens in the text are recognised.
 
         Raises InputError for a lone surrogate, or a character that the vocabulary has no tokens for.
         """
         return [token.id for token in self.tokens(text, bos)]
 
     def tokens(self, text: str, bos: bool = True) -> list[Token]:
-        """As `encode`, with the origin of every id."""
+        """The ids that `encode` gives, each with its origin."""
         check_text(text, "text")
         begin = [Token(self.bos_id, "special")] if bos and self._adds_bos and self.bos_id is not None else []
         return begin + self.encode_segments(self._special.split(text, "text"))
@@ -107,10 +121,11 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, strict: bool = False
     ) -> list[int]:
-        """The prompt ids of a chat, with no BOS but the template's: transformers' `apply_chat_template`.
+        """The prompt ids of a chat; the only BOS is one that the template writes.
 
-        Unlike there, special tokens in a message stay text. Role markers in one (`<|user|>` in TinyLlama) are
-        text anyway: a `RoleMarkerWarning`, an InputError under `strict`. See `render_chat`.
+        These are the ids of transformers' `apply_chat_template`, except that special tokens in a message stay
+        text. Role markers (`<|user|>` in TinyLlama) are text in any case, so one in a message causes a
+        `RoleMarkerWarning`, or an InputError if `strict`. See `render_chat`.
         """
         segments = self.chat_segments(messages, add_generation_prompt, strict)
         return [token.id for token in self.encode_segments(segments)]
@@ -118,7 +133,7 @@ class Tokenizer:
     def chat_segments(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, strict: bool = False
     ) -> list[Segment]:
-        """The text that `chat` encodes, in segments of one origin: template, special token, or a message."""
+        """The text that `chat` encodes, in segments with one origin each."""
         if self.chat_template is None:
             raise InputError(
                 f"{self._folder}: no chat template, expected one in chat_template.jinja or "
@@ -141,22 +156,21 @@ class Tokenizer:
         return TextStream(self, context, skip_special)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token contributes to a text: of a special token, those of its name."""
-        self.piece(id)
-        return self._texts[id].encode("utf-8") if id in self._texts else self._vocabulary.token_bytes(id)
+        """The bytes that a token contributes to a text; a special token contributes its name."""
+        piece = self.piece(id)
+        return piece.encode("utf-8") if id in self._texts else self._vocabulary.piece_bytes(piece)
 
     def piece(self, id: int) -> str:
         """A token as the vocabulary spells it: "▁Hello", "<0x0A>", "Ġworld"."""
-        piece = self._texts.get(id) or (self._vocabulary.piece(id) if id >= 0 else None)
-        if piece is None:
+        if id not in self._pieces:
             raise InputError(
                 f"id {id} is not in the vocabulary of {self._folder}, expected 0 to {self.vocab_size - 1}; "
                 "use the ids of this model"
             )
-        return piece
+        return self._pieces[id]
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[Token]:
-        """The ids of a text in segments, with their origins; a token with bytes of two counts as text."""
+        """The ids of a text in segments, with their origins; a token with bytes of both origins is "text"."""
         tokens: list[Token] = []
         for special, group in groupby(segments, key=lambda segment: segment.origin == "special"):
             if special:
@@ -166,7 +180,7 @@ class Tokenizer:
         return tokens
 
     def _encode_part(self, segments: list[Segment], first: bool) -> list[Token]:
-        """Encode the text between two special tokens; a token may reach over the border of two segments."""
+        """Encode the text between two special tokens; a token may have bytes of two segments."""
         ids = self._vocabulary.encode("".join(segment.text for segment in segments), first)
         if len(segments) == 1:
             return [Token(index, segments[0].origin) for index in ids]
@@ -175,7 +189,7 @@ class Tokenizer:
             text = segment.text.replace(SPACE, " ") if self._vocabulary.spells_space else segment.text
             origins += [segment.origin] * len(text.encode("utf-8"))
         lengths = [len(self.token_bytes(index)) for index in ids]
-        start = len(origins) - sum(lengths)  # -1 where there is a dummy prefix
+        start = len(origins) - sum(lengths)  # -1 if there is a dummy prefix
         tokens = []
         for index, length in zip(ids, lengths, strict=True):
             covered = origins[max(start, 0) : max(start + length, 1)]
@@ -185,7 +199,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one: the texts that `feed` and `flush` return, joined, are the decoded whole.
+    """Decodes ids one by one. The texts that `feed` and `flush` return, joined, are what `decode` gives.
 
     A character that comes in several tokens is held back until it is complete.
     """
@@ -199,17 +213,17 @@ class TextStream:
             self.feed(id)
 
     def feed(self, id: int) -> str:
-        """The text that is certain now, possibly none; raises InputError for an id out of the vocabulary."""
+        """The text that this id completes, possibly none; raises InputError for an unknown id."""
         id = operator.index(id)
         data = self._tokenizer.token_bytes(id)
         if id in self._skipped:
             return ""
-        # The first space is the dummy prefix; a byte token or a special token never is.
+        # The first space is the dummy prefix, unless it is a byte token or part of a special token.
         if self._drops_space and self._tokenizer.piece(id).startswith(SPACE):
             data = data[1:]
         self._drops_space = False
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """The text of the bytes still held back: at the end, U+FFFD for a character cut short."""
+        """The text of the bytes still held back: U+FFFD, since their character is incomplete."""
         return self._utf8.decode(b"", final=True)

@@ -16,8 +16,11 @@ from tinyllama.errors import InputError
 class TokenizerFiles:
     """The tokenizer files of one folder, read but not yet interpreted.
 
-    `model` is the content of tokenizer.model, `json` that of tokenizer.json: one of them is there, or both.
-    `config` is tokenizer_config.json, empty where the folder has none.
+    Attributes:
+        model: the content of tokenizer.model; None if the folder has only tokenizer.json.
+        json: the content of tokenizer.json; None if the folder has only tokenizer.model.
+        config: the content of tokenizer_config.json; empty if there is none.
+        chat_template: jinja2 source, None if there is none.
     """
 
     folder: Path
@@ -28,7 +31,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
-        """Read a folder; raises InputError for files that are missing, or not what their name says."""
+        """Read a folder; raises InputError for files that are missing, unreadable or malformed."""
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give a checkpoint folder with a tokenizer in it")
         model, definition, config = (
@@ -46,14 +49,14 @@ class TokenizerFiles:
         )
 
     def setting(self, name: str) -> bool | None:
-        """A switch of tokenizer_config.json; None where it is absent or null."""
+        """A true or false of tokenizer_config.json; None if it is absent or null."""
         value = self.config.get(name)
         if value is not None and not isinstance(value, bool):
             raise self.config_error(f"{name} is {value!r}, expected true or false")
         return value
 
     def named_token(self, name: str, default: str | None) -> str | None:
-        """The text of `bos_token` and its like: a string, or an object with a "content"."""
+        """The text of `bos_token`, `eos_token`, ...; in the file a string, or an object with a "content"."""
         value = self.config.get(name, default)
         text = value.get("content") if isinstance(value, dict) else value
         if value is not None and not (isinstance(text, str) and text):
@@ -65,10 +68,10 @@ class TokenizerFiles:
         return InputError(f"{self.folder / 'tokenizer_config.json'}: {problem}; correct it")
 
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
-        """Text -> (id, special) of the tokens that are split off before the vocabulary sees a text.
+        """Text -> (id, special) of the tokens that are split off a text before the vocabulary encodes it.
 
-        Raises InputError for a token that wants more than that: to swallow the spaces beside it (`lstrip`,
-        `rstrip`), or to match whole words only (`single_word`).
+        Raises InputError for a token with an option that is not supported: `lstrip` and `rstrip` take the
+        spaces beside it, `single_word` matches only whole words.
         """
         with well_formed(self.folder, "added tokens"):
             decoder = self.config.get("added_tokens_decoder") or {}
@@ -88,7 +91,7 @@ class TokenizerFiles:
     def prefixes_every_part(self) -> bool:
         """Whether sentencepiece's dummy prefix goes before every part of a text, or only the first.
 
-        tokenizer.json decides where there is one, for that is what transformers 4 ran; else `legacy` does.
+        tokenizer.json decides if there is one, since transformers 4 used that; otherwise `legacy` decides.
         """
         if any(step.get("type") == "Prepend" for step in self.steps("normalizer")):
             return True
@@ -119,7 +122,7 @@ class TokenizerFiles:
 
 @contextmanager
 def well_formed(path: Path, what: str) -> Iterator[None]:
-    """Turn what a malformed JSON structure makes of the code that reads it into an InputError."""
+    """Turn the errors of code that reads a malformed JSON structure into an InputError."""
     try:
         yield
     except InputError:
@@ -129,7 +132,7 @@ def well_formed(path: Path, what: str) -> Iterator[None]:
 
 
 def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A component of tokenizer.json as a list of steps, its Sequences opened."""
+    """A component of tokenizer.json as a list of steps; each Sequence is replaced by its steps."""
     if component is None:
         return []
     if component.get("type") != "Sequence":
@@ -147,12 +150,9 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8; {AGAIN}") from error
     template = config.get("chat_template")
-    if isinstance(template, list):
-        with well_formed(folder / "tokenizer_config.json", "chat_template"):
+    with well_formed(folder / "tokenizer_config.json", "chat_template"):
+        if isinstance(template, list):  # several, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected a "
-            f"string; {AGAIN}"
-        )
+        if template is not None and not isinstance(template, str):
+            raise TypeError(f"expected a string, got {template!r:.80}")
     return template

@@ -1,14 +1,15 @@
 """What a token stands for, and the vocabulary of a tokenizer.model (`sentencepiece`).
 
-Every Llama vocabulary is a byte-pair encoding in which each token stands for a run of bytes; a text is the
-bytes of its tokens, one after the other. `json_vocabulary.py` has the other kind, tokenizer.json.
+Every Llama vocabulary is a byte-pair encoding in which each token stands for some bytes, and a text is the
+bytes of its tokens joined. `json_vocabulary.py` reads the other kind, tokenizer.json.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from sentencepiece import SentencePieceProcessor
 
@@ -24,27 +25,29 @@ BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class Vocabulary(Protocol):
-    """What `Tokenizer` asks of either kind. Special tokens are not its business."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary of either kind, without special tokens: `Tokenizer` splits those off beforehand.
 
-    size: int  # highest id + 1
-    spells_space: bool  # "▁" in a piece, or in a text, is a space
-    dummy_prefix: bool  # encoding puts a space before the text, so decoding drops it
-    decode_errors: str  # codec error handler: how many U+FFFD an invalid sequence becomes
+    Attributes:
+        pieces: id -> the token as the vocabulary spells it.
+        piece_bytes: such a spelling -> the bytes that the token stands for.
+        encode: (text, first) -> ids; `first` is true where no other text precedes it.
+        spells_space: whether "▁" in a piece or a text is a space.
+        dummy_prefix: whether encoding puts a space before the text, so that decoding drops it.
+        decode_errors: the codec error handler, which decides how many U+FFFD an invalid sequence becomes.
+        adds_bos: whether a text begins with BOS if tokenizer_config.json does not say.
+        named_tokens: the vocabulary's own "bos_token", "eos_token", "unk_token" and "pad_token".
+    """
+
+    pieces: dict[int, str]
+    piece_bytes: Callable[[str], bytes]
+    encode: Callable[[str, bool], list[int]]
+    spells_space: bool
+    dummy_prefix: bool
+    decode_errors: str
     adds_bos: bool
-    named_tokens: dict[str, str]  # the vocabulary's own "bos_token" and its like
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        """The ids of a text without special tokens; `first` where nothing precedes it."""
-
-    def find(self, piece: str) -> int | None:
-        """The id of a token by its spelling, None where there is none."""
-
-    def piece(self, index: int) -> str | None:
-        """The spelling of a token, None where no token has this id."""
-
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that an existing token stands for."""
+    named_tokens: dict[str, str]
 
 
 def replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -63,56 +66,44 @@ def sentencepiece_bytes(piece: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode("utf-8")
 
 
-class SentencePieceVocabulary:
-    """A tokenizer.model (Kudo and Richardson 2018, https://arxiv.org/abs/1808.06226).
+def sentencepiece_vocabulary(files: TokenizerFiles) -> Vocabulary:
+    """The vocabulary of a tokenizer.model (Kudo and Richardson 2018, https://arxiv.org/abs/1808.06226).
 
     The one character that does not survive encoding is "▁" itself: sentencepiece takes it for a space.
+
+    Raises:
+        InputError: the file is no such model, or is cut off.
     """
+    assert files.model is not None
+    path = files.folder / "tokenizer.model"
+    try:
+        processor = SentencePieceProcessor(model_proto=files.model)
+        without_prefix = SentencePieceProcessor(model_proto=files.model + NO_DUMMY_PREFIX)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a sentencepiece model; {AGAIN}") from error
+    # A file cut off after its last piece still loads, but with sentencepiece's default normalizer.
+    if processor.decode(processor.encode("  ")) != "  ":
+        raise InputError(f"{path}: loses spaces, so it is cut off or not a Llama's; {AGAIN}")
+    prefixes_every_part = files.prefixes_every_part()
 
-    spells_space = True
-    dummy_prefix = True
-    decode_errors = EACH_BYTE
-
-    def __init__(self, files: TokenizerFiles) -> None:
-        assert files.model is not None
-        path = files.folder / "tokenizer.model"
-        try:
-            self._processor = SentencePieceProcessor(model_proto=files.model)
-            self._without_prefix = SentencePieceProcessor(model_proto=files.model + NO_DUMMY_PREFIX)
-        except RuntimeError as error:
-            raise InputError(f"{path}: not a sentencepiece model; {AGAIN}") from error
-        # A file cut off after its last piece still loads, but with sentencepiece's default normalizer.
-        if self._processor.decode(self._processor.encode("  ")) != "  ":
-            raise InputError(f"{path}: loses spaces, so it is cut off or not a Llama's; {AGAIN}")
-        self._prefixes_every_part = files.prefixes_every_part()
-        self.adds_bos = files.json is None or files.template_bos() is not None
-        self.size: int = self._processor.vocab_size()
-        named = {
-            "bos_token": self._processor.bos_id(),
-            "eos_token": self._processor.eos_id(),
-            "unk_token": self._processor.unk_id(),
-            "pad_token": self._processor.pad_id(),
-        }
-        self.named_tokens = {
-            name: self._processor.id_to_piece(index) for name, index in named.items() if index >= 0
-        }
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        """The ids of a text without special tokens; `first` where nothing precedes it."""
-        processor = self._processor if first or self._prefixes_every_part else self._without_prefix
-        ids: list[int] = processor.encode(text)
+    def encode(text: str, first: bool) -> list[int]:
+        ids: list[int] = (processor if first or prefixes_every_part else without_prefix).encode(text)
         return ids
 
-    def find(self, piece: str) -> int | None:
-        """The id of a token by its spelling, None where there is none."""
-        # sentencepiece answers the id of <unk> for what it does not know.
-        index: int = self._processor.piece_to_id(piece)
-        return index if self._processor.id_to_piece(index) == piece else None
-
-    def piece(self, index: int) -> str | None:
-        """The spelling of a token, None where no token has this id."""
-        return self._processor.id_to_piece(index) if index < self.size else None
-
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that an existing token stands for."""
-        return sentencepiece_bytes(self._processor.id_to_piece(index))
+    pieces: list[str] = processor.id_to_piece(list(range(processor.vocab_size())))
+    named = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+        "pad_token": processor.pad_id(),
+    }
+    return Vocabulary(
+        pieces=dict(enumerate(pieces)),
+        piece_bytes=sentencepiece_bytes,
+        encode=encode,
+        spells_space=True,
+        dummy_prefix=True,
+        decode_errors=EACH_BYTE,
+        adds_bos=files.json is None or files.template_bos() is not None,
+        named_tokens={name: pieces[index] for name, index in named.items() if index >= 0},
+    )
