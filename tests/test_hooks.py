@@ -76,7 +76,10 @@ def test_every_value_has_the_shape_that_is_promised_and_comes_in_order(cached):
     model, ids = tiny_model(**UNLIKE), some_ids(B, T, vocab_size=50)
     S = 11 if cached else T
     with torch.no_grad(), capture(model, *addresses(model)) as values:
-        model(ids, model.new_cache(B, S) if cached else None)
+        if cached:  # given positions, attention reads the whole cache behind a mask
+            model(ids, model.new_cache(B, S), torch.arange(T).expand(B, T))
+        else:
+            model(ids)
     assert list(values) == in_order(2)
     sizes = {"B": B, "T": T, "S": S} | LETTERS
     for address, value in values.items():
@@ -95,8 +98,9 @@ def test_every_value_has_the_shape_that_is_promised_and_comes_in_order(cached):
 def test_any_addresses_in_any_order_give_their_values_in_computation_order(rows, length, more, chosen):
     model, ids = tiny_model(**UNLIKE), some_ids(rows, length, vocab_size=50)
     cache = None if more is None else model.new_cache(rows, length + more)
+    positions = None if cache is None else torch.arange(length).expand(rows, length)
     with torch.no_grad(), capture(model, *chosen) as values:
-        model(ids, cache)
+        model(ids, cache, positions)
     assert list(values) == [address for address in in_order(2) if address in chosen]
     for address, value in values.items():
         S = length if more is None else length + more
@@ -355,6 +359,7 @@ def test_something_else_than_a_llama_is_refused():
 def test_what_needs_more_memory_than_is_free_is_refused_before_it_is_computed(monkeypatch, dtype, cached):
     model, ids, computed = tiny_model(dtype=dtype, **UNLIKE), some_ids(B, T, vocab_size=50), []
     cache = model.new_cache(B, 11) if cached else None
+    positions = torch.arange(T).expand(B, T) if cached else None
 
     def counted(q, k, v, context):
         computed.append("kernel")
@@ -364,19 +369,19 @@ def test_what_needs_more_memory_than_is_free_is_refused_before_it_is_computed(mo
     model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: computed.append("q_proj"))
     wanted = ["layers.*.self_attn.pattern", "layers.1.mlp.*", "lm_head", "layers.*.self_attn.[kq]_*"]
     with torch.no_grad(), capture(model, *wanted) as values:
-        model(ids, cache)
+        model(ids, cache, positions)
     needed = sum(value.nbytes for value in values.values())
 
     computed.clear()
     monkeypatch.setattr(tinyllama.device, "free_memory", lambda device: needed - 1)
     with torch.no_grad(), pytest.raises(InputError, match="memory: what is captured needs"):  # noqa: SIM117
         with capture(model, *wanted) as values:
-            model(ids, cache)
+            model(ids, cache, positions)
     assert (computed, values, hooks(model)) == ([], {}, 1)  # the hook is this test's own
     # Exactly as much as is needed is enough.
     monkeypatch.setattr(tinyllama.device, "free_memory", lambda device: needed)
     with torch.no_grad(), capture(model, *wanted) as values:
-        model(ids, cache)
+        model(ids, cache, positions)
     assert len(values) == 2 + 4 + 1 + 8
 
 

@@ -188,8 +188,7 @@ def test_a_text_ends_at_its_limit_and_no_guess_leaves_the_cache(model, guess_fro
     assert tokens.reason == "length"
     assert len(tokens.seconds) == limit
     assert all(length + most <= cache.capacity for length, most in asked)
-    # The slot beyond is padding's.
-    assert not cache.keys[..., cache.capacity, :].any()
+    assert not cache.keys[..., 0, :].any()  # padding's slot
     assert generate(model, [PROMPT], **settings) == [free[:limit]]
 
 
@@ -237,10 +236,9 @@ def test_what_wrong_guesses_left_in_the_cache_is_never_read(guess_from, attentio
     cache = model.new_cache(1, 64)
 
     def poison(module, args):
-        ids, view = args[:2]
         for kept in (cache.keys, cache.values):
             # Slots from the first token of this pass on: all that wrong guesses may have written.
-            kept[..., view.visible - ids.shape[1] :, :] = float("nan")
+            kept[..., 1 + cache.length :, :] = float("nan")
 
     hook = model.register_forward_pre_hook(poison)
     tokens = stream(model, PROMPT, cache=cache, speculate=5, **FREE)
@@ -256,7 +254,8 @@ def test_a_cache_that_holds_the_start_is_used(model, guess_from):
     tokens = stream(model, PROMPT, cache=cache, speculate=5, **FREE)
     first = [next(tokens) for _ in range(11)]
     # All but the newest id have been through the model, whatever else the run would have given.
-    later = stream(model, PROMPT + first, cache=cache, cached=len(PROMPT) + 10, speculate=5, **FREE)
+    cache.length = len(PROMPT) + 10
+    later = stream(model, PROMPT + first, cache=cache, speculate=5, **FREE)
     assert first + list(later) == generate(model, [PROMPT], max_new_tokens=51, eos_ids=())[0]
 
 
@@ -331,7 +330,9 @@ def test_what_cannot_be_guessed_is_refused_at_once(model):
     with pytest.raises(InputError, match=r"speculate: expected 0 \(off\) or one prompt, got 2 prompts"):
         generate(model, [PROMPT, PROMPT], speculate=3)
     with pytest.raises(InputError, match="speculate: a compiled step has one token"):
-        stream(model, PROMPT, speculate=3, compiled=True)
+        compiled = tiny_model()
+        compiled.step = lambda ids, cache, positions: compiled(ids, cache, positions)
+        stream(compiled, PROMPT, speculate=3)
 
 
 def test_the_scripts_say_the_same_with_guesses_and_count_them(smollm2_folder, monkeypatch, capfd):

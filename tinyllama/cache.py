@@ -64,20 +64,18 @@ class KVCache:
         self.length = max(self.length, capacity)  # whatever the view writes lies within
         return view
 
-    def extend(self, T: int) -> int:
-        """Make T tokens more belong to each row, and return the position of the first.
+    def start(self, T: int) -> int:
+        """The position of the first of T new tokens, which follow those that are there.
 
         Raises:
-            InputError: the cache is full.
+            InputError: there is no room for them.
         """
-        start, self.length = self.length, self.length + T
-        if self.length > self.capacity:
-            self.length = start
+        if self.length + T > self.capacity:
             raise InputError(
-                f"cache: {start} of {self.capacity} slots are taken, so {T} new tokens do not fit; make a "
-                "larger one, set cache.length to go back, or give positions"
+                f"cache: {self.length} of {self.capacity} slots are taken, so {T} new tokens do not fit; make "
+                "a larger one, set cache.length to go back, or give positions"
             )
-        return start
+        return self.length
 
     def write(self, layer: int, mask: AttentionMask, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values, and return all that attention may read.

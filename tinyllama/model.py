@@ -109,19 +109,20 @@ class Llama(nn.Module):
         T = ids.shape[1]
         causal = positions is None  # every row ends with the new tokens
         if positions is None:
-            start = 0 if cache is None else cache.extend(T)
+            start = 0 if cache is None else cache.start(T)
             keys = torch.arange(start + T, device=ids.device)[None]  # (1, S)
             positions = keys[:, start:].expand_as(ids)  # (B, T)
         elif cache is None:
             keys = positions
         else:
             keys = torch.arange(cache.capacity, device=ids.device)[None]
-            cache.length = cache.capacity  # where each row ends, only the caller knows
         mask = AttentionMask.of(positions, keys, causal, self.rotary)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         rotation = self.rotary(positions, x.dtype)
         for block in self.layers:
             x = block(x, rotation, mask, cache)
+        if cache is not None:  # only a pass that is done counts
+            cache.length = keys.shape[1]
         return self.norm(x)
 
     def begin(self) -> None:

@@ -234,13 +234,8 @@ def rounded_x(weight: Tensor, scales: Tensor | None, x: Tensor) -> Any:
 
 def stale_position() -> AbstractContextManager[Any]:
     """A piece is placed where the one before it ended, less one."""
-    right = KVCache.extend
-
-    def extend(cache: KVCache, T: int) -> int:
-        cache.length = max(cache.length - 1, 0)
-        return right(cache, T)
-
-    return patch.object(KVCache, "extend", extend)
+    right = KVCache.start
+    return patch.object(KVCache, "start", lambda cache, T: max(right(cache, T) - 1, 0))
 
 
 def last_key_unseen() -> AbstractContextManager[Any]:

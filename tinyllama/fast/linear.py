@@ -21,8 +21,8 @@ from tinyllama.fast.claims import Claim
 
 # Rows of W that are widened at once for PyTorch's product: few enough to stay in the cache.
 WIDENED_ROWS = 512
-# Rows that are rounded at once: larger temporaries leave holes between a loading model's tensors, up to a fifth
-# of their size.
+# Rows that are rounded at once: larger temporaries leave holes between the tensors of a loading model, up to
+# a fifth of their size.
 ROUNDED_ROWS = 64
 
 
