@@ -16,6 +16,11 @@ from tinyllama.text.tokenizer import Tokenizer
 
 SHARED_VARIABLE = "TINYLLAMA_SHARED"
 
+# Side by side with other workers, each has one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
+
 
 @pytest.fixture
 def no_grad() -> Iterator[None]:

@@ -11,10 +11,10 @@ from torch import nn
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import AttentionContext, AttentionMask, eager, kernel_name, sdpa
+from tinyllama.attention import AttentionContext, AttentionMask, eager, sdpa
 from tinyllama.errors import InputError
 from tinyllama.hooks import capture, patch
-from tinyllama.kernels import ByHead
+from tinyllama.kernels import ByHead, kernel_name
 
 B, T, H, L = 2, 7, 8, 4
 

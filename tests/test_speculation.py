@@ -329,9 +329,9 @@ def test_what_cannot_be_guessed_is_refused_at_once(model):
         Speculation(0)
     with pytest.raises(InputError, match=r"speculate: expected 0 \(off\) or one prompt, got 2 prompts"):
         generate(model, [PROMPT, PROMPT], speculate=3)
+    compiled = tiny_model()
+    compiled.step = lambda ids, cache, positions: compiled(ids, cache, positions)
     with pytest.raises(InputError, match="speculate: a compiled step has one token"):
-        compiled = tiny_model()
-        compiled.step = lambda ids, cache, positions: compiled(ids, cache, positions)
         stream(compiled, PROMPT, speculate=3)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -133,16 +132,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     return z.reshape(B, H, T, D)
 
 
-def kernel_name(kernel: Kernel) -> str:
-    """As a user would write it: `window`, or `window(size=64)` for a kernel with a setting of its own."""
-    if isinstance(kernel, partial) and not kernel.keywords:
-        return kernel_name(kernel.func)
-    if isinstance(kernel, partial):
-        settings = ", ".join(f"{name}={value!r}" for name, value in kernel.keywords.items())
-        return f"{kernel_name(kernel.func)}({settings})"
-    return getattr(kernel, "__name__", type(kernel).__name__)
-
-
 class Tap(nn.Identity):
     """A value with a name: a forward hook here reads it, or replaces it by what the hook returns."""
 
@@ -204,4 +193,6 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """The kernel's name, for print(model)."""
+        from tinyllama.kernels import kernel_name
+
         return f"kernel={kernel_name(self.kernel)}"

@@ -72,8 +72,8 @@ class KVCache:
         """
         if self.length + T > self.capacity:
             raise InputError(
-                f"cache: {self.length} of {self.capacity} slots are taken, so {T} new tokens do not fit; make "
-                "a larger one, set cache.length to go back, or give positions"
+                f"cache: {self.length} of {self.capacity} slots are taken, so {T} new tokens do not fit; "
+                "make a larger one, set cache.length to go back, or give positions"
             )
         return self.length
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tinyllama.attention import Attention, AttentionContext, Kernel, eager, kernel_name, sdpa
+from tinyllama.attention import Attention, AttentionContext, Kernel, eager, sdpa
 from tinyllama.errors import InputError
 
 Tapped = Callable[[Tensor], Tensor]
@@ -24,6 +25,16 @@ def kernel(name: str) -> Kernel:
     if name not in KERNELS:
         raise InputError(f"attention: expected one of {', '.join(KERNELS)}, got {name!r}")
     return KERNELS[name]
+
+
+def kernel_name(kernel: Kernel) -> str:
+    """As a user would write it: `window`, or `window(size=64)` for a kernel with a setting of its own."""
+    if isinstance(kernel, partial) and not kernel.keywords:
+        return kernel_name(kernel.func)
+    if isinstance(kernel, partial):
+        settings = ", ".join(f"{name}={value!r}" for name, value in kernel.keywords.items())
+        return f"{kernel_name(kernel.func)}({settings})"
+    return getattr(kernel, "__name__", type(kernel).__name__)
 
 
 def set_attention(

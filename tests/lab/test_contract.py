@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import tinyllama
 from tests.shapes import some_ids, tiny_model
-from tinyllama.attention import eager, kernel_name, masked_softmax, repeat_kv, sdpa
+from tinyllama.attention import eager, masked_softmax, repeat_kv, sdpa
 from tinyllama.errors import InputError
-from tinyllama.kernels import KERNELS, ByHead
+from tinyllama.kernels import KERNELS, ByHead, kernel_name
 from tinyllama.lab import checks, restatements, variants
 from tinyllama.lab.clauses import CLAUSES, UNBREAKABLE, breaks, broken_clauses
 from tinyllama.lab.contract import check_attention

@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from tinyllama.attention import kernel_name
 from tinyllama.errors import InputError
-from tinyllama.kernels import KERNELS
+from tinyllama.kernels import KERNELS, kernel_name
 from tinyllama.lab import variants
 from tinyllama.lab.kernel_file import VARIANTS, load_kernel
 

@@ -14,7 +14,7 @@ from tests.shapes import some_ids, tiny_config, tiny_model
 from tinyllama import attention
 from tinyllama.attention import AttentionContext, AttentionMask, eager, sdpa
 from tinyllama.errors import InputError
-from tinyllama.kernels import KERNELS
+from tinyllama.kernels import KERNELS, kernel_name
 from tinyllama.lab import restatements, variants
 from tinyllama.lab.kernel_file import VARIANTS
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
@@ -342,7 +342,7 @@ def test_regroup_refuses_numbers_that_do_not_divide(heads, kv_heads, result):
         restatements.flex,
         *(partial(restatements.online, block=n) for n in (1, 2, 4, T, 64)),
     ],
-    ids=attention.kernel_name,
+    ids=kernel_name,
 )
 def test_restatements_are_plain_attention(kernel):
     q, k, v = inputs()
@@ -464,7 +464,7 @@ def test_every_layer_may_have_its_own():
         assert torch.equal(z, kernel(q, k, v, own)), name
         same = name in ("loops", "online", "flex")
         assert (relative(z, eager(q, k, v, own)) < 1e-5) == same, name
-        assert model.layers[layer].self_attn.extra_repr() == f"kernel={attention.kernel_name(kernel)}"
+        assert model.layers[layer].self_attn.extra_repr() == f"kernel={kernel_name(kernel)}"
 
 
 @pytest.mark.parametrize("name", ["alibi", "no_positions"])

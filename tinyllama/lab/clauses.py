@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.attention import AttentionContext, Kernel, kernel_name
+from tinyllama.attention import AttentionContext, Kernel
 from tinyllama.errors import InputError
-from tinyllama.kernels import ByHead
+from tinyllama.kernels import ByHead, kernel_name
 
 CLAUSES = {
     "shape": "gives (B, H, T, D), for any number of rows, queries and keys",

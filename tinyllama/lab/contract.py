@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tinyllama.attention import Kernel, kernel_name
+from tinyllama.attention import Kernel
 from tinyllama.errors import InputError
+from tinyllama.kernels import kernel_name
 from tinyllama.lab.checks import CHECKS, Trial
 from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyllama.attention import kernel_name
 from tinyllama.device import machine
 from tinyllama.errors import InputError
+from tinyllama.kernels import kernel_name
 from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import continuation, first_difference
