@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
-from tinyllama.cli.terminal import note, progress_line, read_text, run, visible
+from tinyllama.cli.terminal import note, progress_line, read_text, run
 
 if TYPE_CHECKING:
-    from tinyllama.parity.report import Figures
     from tinyllama.parity.subjects import Extent, Subject
     from tinyllama.parity.suite import Suite
 
@@ -45,28 +44,29 @@ def main() -> int:
     """Compare, print the results, and return 1 where anything fails."""
     args = parse()
     from tinyllama.checkpoints.files import replace_text
-    from tinyllama.parity import report
+    from tinyllama.pages import plain
     from tinyllama.parity.page import page
     from tinyllama.parity.suite import Suite
+    from tinyllama.parity.tables import show
 
     start = time.perf_counter()
     with progress_line() as done:
         suite = Suite(search=args.bisect, done=done)
         judge(args, suite)
-    suite.figures["machine"] |= {
+    report = suite.report
+    report.machine |= {
         "command": shlex.join(["python", "scripts/parity.py", *sys.argv[1:]]),
         "finished": datetime.now(timezone.utc).isoformat(" ", "seconds"),
         "seconds": round(time.perf_counter() - start),
     }
-    figures = report.concluded(suite.figures)
     if args.json:
-        print(json.dumps(figures, indent=1, allow_nan=False))
+        print(json.dumps(plain(report), indent=1, allow_nan=False))
     else:
-        show(figures)
+        show(report)
     if args.html is not None:
-        replace_text(args.html, page(figures))
+        replace_text(args.html, page(report))
         note(f"wrote {args.html}")
-    return 0 if figures["passed"] else 1
+    return 0 if report.passed else 1
 
 
 def judge(args: argparse.Namespace, suite: Suite) -> None:
@@ -121,7 +121,8 @@ def extent(args: argparse.Namespace, one: Subject) -> Extent:
     """How much of a model is compared, in the dtypes that the options name."""
     from tinyllama.parity.subjects import FULL, LARGE, LARGE_PARAMETERS, QUICK
 
-    chosen = QUICK if args.quick else LARGE if one.parameters > LARGE_PARAMETERS else FULL
+    large = sum(one.config.parameters.values()) > LARGE_PARAMETERS
+    chosen = QUICK if args.quick else LARGE if large else FULL
     if not args.dtype:
         return chosen
     # From the widest to the narrowest, as a Subject wants it.
@@ -133,28 +134,6 @@ def is_kernel(against: str) -> bool:
     from tinyllama.lab.kernel_file import BUILT_IN
 
     return ".py:" in against or against.partition(":")[0] in BUILT_IN
-
-
-def show(figures: Figures) -> None:
-    """Print every result as a table, the verdict last."""
-    from rich.console import Console
-
-    from tinyllama.parity import tables
-
-    console = Console(highlight=False)
-    for case in figures["cases"]:
-        tables.show_case(console, case)
-    if figures["continuations"]:
-        tables.show_continuations(console, figures["continuations"])
-    if figures["gradients"]:
-        tables.show_gradients(console, figures["gradients"])
-    if figures["mutations"]:
-        tables.show_mutations(console, figures["mutations"])
-    for search in figures["searches"]:
-        tables.show_search(console, search)
-    for failure in figures["failures"]:
-        print(visible(failure))
-    print("parity: passed" if figures["passed"] else "parity: FAILED")
 
 
 def parse() -> argparse.Namespace:
