@@ -73,46 +73,6 @@ class Chart:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """Where values are drawn: `xs` from left to right, 0 to 1, and powers of ten from `low` to `high`."""
-
-    xs: Sequence[float]
-    low: float
-    high: float
-
-    def x(self, index: int) -> float:
-        return across(self.xs[index])
-
-    def y(self, value: float) -> float:
-        share = (math.log10(value) - self.low) / (self.high - self.low)
-        return round(BOTTOM - share * (BOTTOM - TOP), 2)
-
-    def curve(self, name: str, style: str, values: Values) -> Curve:
-        parts = _parts(values)
-        lines = tuple(self.points(part, values) for part in parts if len(part) > 1)
-        all_dots = style != "limit" and len(values) <= FEW
-        dots = [index for part in parts for index in part if len(part) == 1 or all_dots]
-        return Curve(name, style, lines, tuple((self.x(index), self.y(values[index])) for index in dots))
-
-    def area(self, lower: Values, upper: Values) -> tuple[str, ...]:
-        # A single point gets a little width, to be seen.
-        return tuple(
-            f"{self.points(part, lower)} {self.points(part[::-1], upper)}"
-            if len(part) > 1
-            else self.box(part[0], lower, upper)
-            for part in _parts(lower, upper)
-        )
-
-    def points(self, part: Sequence[int], values: Values) -> str:
-        return " ".join(f"{self.x(index)},{self.y(values[index])}" for index in part)
-
-    def box(self, index: int, lower: Values, upper: Values) -> str:
-        left, right = self.x(index) - 8, self.x(index) + 8
-        bottom, top = self.y(lower[index]), self.y(upper[index])
-        return f"{left},{bottom} {right},{bottom} {right},{top} {left},{top}"
-
-
 def layer_chart(case: Case) -> Chart | None:
     """The error at each stage, from the embedding to the logits; None where there is nothing to draw."""
     curves = {row.who: row.by_layer for row in case.rows}
@@ -165,9 +125,29 @@ def _chart(
         return None
     shown = [value for value in [*drawn, *limit] if _drawable(value)]
     scale = _log_ticks(min(shown), max(shown))
-    axes = _Axes(xs, math.log10(scale[0]), math.log10(scale[-1]))
-    lines = [axes.curve(name, "limit", limit)] if any(map(_drawable, limit)) else []
-    lines += [axes.curve(who, f"series-{n % COLOURS}", curve) for n, (who, curve) in enumerate(ours.items())]
+    low, high = math.log10(scale[0]), math.log10(scale[-1])
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (math.log10(value) - low) / (high - low) * (BOTTOM - TOP), 2)
+
+    def points(part: Sequence[int], values: Values, shift: int = 0) -> str:
+        return " ".join(f"{across(xs[index]) + shift},{y(values[index])}" for index in part)
+
+    def curve(name: str, style: str, values: Values) -> Curve:
+        parts = _parts(values)
+        all_dots = style != "limit" and len(values) <= FEW
+        dots = [index for part in parts for index in part if len(part) == 1 or all_dots]
+        lines = tuple(points(part, values) for part in parts if len(part) > 1)
+        return Curve(name, style, lines, tuple((across(xs[index]), y(values[index])) for index in dots))
+
+    def area(part: Sequence[int]) -> str:
+        corners = [(part, lower, 0), (part[::-1], upper, 0)]
+        if len(part) == 1:  # a little width, to be seen
+            corners = [(part, lower, -8), (part, lower, 8), (part, upper, 8), (part, upper, -8)]
+        return " ".join(points(*corner) for corner in corners)
+
+    curves_drawn = [curve(name, "limit", limit)] if any(map(_drawable, limit)) else []
+    curves_drawn += [curve(who, f"series-{n % COLOURS}", one) for n, (who, one) in enumerate(ours.items())]
     notes = [ZERO_NOTE] if 0.0 in drawn else []
     notes += [] if all(map(math.isfinite, drawn)) else [BREAK_NOTE]
     return Chart(
@@ -175,10 +155,10 @@ def _chart(
         axis=axis,
         ends=ends,
         xs=tuple(ticks),
-        ys=tuple(Tick(axes.y(value), _power(value)) for value in scale),
-        band=axes.area(lower, upper),
+        ys=tuple(Tick(y(value), _power(value)) for value in scale),
+        band=tuple(map(area, _parts(lower, upper))),
         band_name="the references" if any(map(_drawable, upper)) else "",
-        curves=tuple(lines),
+        curves=tuple(curves_drawn),
         notes=tuple(notes),
     )
 
