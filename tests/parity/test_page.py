@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pages import (
     HOSTILE,
@@ -22,111 +23,61 @@ from tests.pages import (
     running_browser,
     value_at,
 )
+from tests.parity.test_suite import Subject, Trained
+from tinyllama.attention import KERNELS, eager
 from tinyllama.cli.terminal import visible
 from tinyllama.pages import plain
 from tinyllama.parity.charts import ZERO_NOTE, Chart, layer_chart, position_charts
-from tinyllama.parity.continuations import Continuations, IdFlip
-from tinyllama.parity.divergence import Divergence, Step
-from tinyllama.parity.gradients import Gradients, WeightGradient
-from tinyllama.parity.measure import INT8_LIMITS, Limits
-from tinyllama.parity.mutations import Trial
+from tinyllama.parity.continuations import IdFlip
+from tinyllama.parity.mutations import MUTATIONS, Mutation, changed
 from tinyllama.parity.notebook import Notebook
 from tinyllama.parity.page import formatted, page
-from tinyllama.parity.report import Case, Flip, Report, Row, Search
+from tinyllama.parity.report import Case, Report
+from tinyllama.parity.subjects import Extent
+from tinyllama.parity.suite import Suite
 
-LAYERS = 30
-STEP = Step("layers.0.self_attn.q_rot", 0.31, 2e-3, 4e-3)
-
-
-def a_row(who: str, error: float, **other: Any) -> Row:
-    row = Row(
-        who=who,
-        reference=False,
-        **{name: error * factor for name, factor in (("relative", 1), ("rms", 9), ("mean", 7), ("max", 80))},
-        **{name: error * 1e-4 * factor for name, factor in (("kl_mean", 1), ("kl_p99", 4), ("kl_max", 30))},
-        top1=1.0,
-        nll_change=-error / 3,
-        flips=[],
-        same_bits=True,
-        by_layer=[0.0, *(error * (1 + layer / LAYERS) / 2 for layer in range(LAYERS)), error, error],
-        by_position={"english": [error * (1 + n / 20) for n in range(40)], "note.txt": [error]},
-        failures=[],
-    )
-    return replace(row, **other)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def a_case(dtype: str, limit: float, *rows: Row) -> Case:
-    texts, limits = {"english": 1280, "note.txt": 17}, Limits(limit, kl_max=1e-9, flip_margin=6.3e-5)
-    return Case("some-llama", dtype, texts, "Something was not judged.", limits, list(rows))
+def nan(q, k, v, context):
+    return eager(q, k, v * torch.nan, context)
 
 
-def references(error: float) -> list[Row]:
-    other = {"reference": True, "same_bits": None}
-    return [a_row("transformers eager", error, **other), a_row("transformers sdpa", 0.8 * error, **other)]
-
-
-FLOAT32 = a_case("float32", 2e-6, *references(1e-6), a_row("tinyllama eager", 1.1e-6))
-# 8-bit weights against the full ones: no reference, and limits of their own.
-ROUNDING = replace(a_case("float32", 0.0, a_row("tinyllama int8", 0.02, same_bits=None)), limits=INT8_LIMITS)
-
-
-def a_search(**other: Any) -> Search:
-    path = (*(replace(STEP, address=f"layers.{layer}", relative=1e-3) for layer in range(9)), STEP)
-    found = Divergence(
-        *(STEP.address, STEP.relative, STEP.reference, STEP.limit),
-        shape=(64, 9, 64),
-        place=(63, 8, 1),
-        got=-1.23456789,
-        expected=0.5,
-        theirs=0.501,
-        suspect="theta is 500000, not 10000",
-        path=path,
-    )
-    text = "english, first 128 tokens"
-    return Search("some-llama", "bfloat16", "tinyllama sdpa", text, replace(found, **other))
-
-
-def some_results() -> Report:
-    """A case that passes, one that fails, and something in every section."""
-    broken = a_row(
-        "tinyllama sdpa",
-        0.5,
-        same_bits=False,
-        relative=math.nan,
-        kl_max=math.inf,
-        top1=0.25,
-        by_layer=[0.25] * 9 + [math.nan] * (LAYERS - 6),
-        flips=[Flip("english", n, 49151, 28, math.nan if n == 3 else n / 7) for n in range(40)],
-        failures=["a logit is not finite", "relRMS nan is over 3.12e-02"],
-    )
-    near = a_row("tinyllama eager", 0.021, flips=[Flip("english", 5, 49151, 28, 0.047)])
-    parted = IdFlip({"temperature": 0.7, "seed": 3}, 1, 7, 5, 9, margin=1e-6, limit=6e-5)
-    name = ("some-llama", "float32")
-    return Report(
-        machine={"cpu": "a processor", "cores": 2, "gpu": None, "torch": "2.13.0"},
-        cases=[FLOAT32, a_case("bfloat16", 0.03, *references(0.02), near, broken), ROUNDING],
-        continuations=[
-            Continuations(*name, "greedy", calls=10, ids=2000, flips=[]),
-            Continuations(*name, "sampled", calls=1, ids=20, flips=[parted]),
-        ],
-        gradients=[Gradients(*name, 64, [WeightGradient("norm.weight", 3e-6, 2e-6, 4e-6, True)])],
-        notebook=[Notebook(*name, [])],
-        mutations=[
-            Trial("eps 0", False, 890048.57, False, STEP.address, "eps is 0, not 1e-05", True),
-            Trial("positions + 1", True, 1.0128, True, None, None, True),
-            Trial("gate and up swapped", False, math.inf, True, None, None, False),
-        ],
-        searches=[
-            a_search(),
-            a_search(relative=math.inf, shape=(), place=(), suspect=None),
-            replace(a_search(), found=None),
-        ],
-    )
+def louder(q, k, v, context):
+    return eager(q, k, 1.5 * v, context)
 
 
 @pytest.fixture(scope="module")
 def results() -> Report:
-    return some_results()
+    """A suite's report on tiny models, with what passes, what fails, and something in every section."""
+    suite, none = Suite(), Mutation("none", lambda model: changed())
+    extent = Extent(("float64", "float32"), 0, prompts=1, greedy_ids=1, seeds=1, sampled_ids=1)
+    suite.judge(Trained(intermediate_size=192), KERNELS, extent)
+    suite.judge(
+        Subject(), {"eager": eager, "nan": nan, "louder": louder}, replace(extent, dtypes=("bfloat16",))
+    )
+    suite.judge_fixture([MUTATIONS[0], none, replace(none, address="norm")])
+    report = suite.report
+    report.machine = {"cpu": "a processor", "cores": 2, "gpu": None}
+    report.notebook.append(Notebook("tiny", "float32", []))
+    flip = IdFlip({"temperature": 0.7, "seed": 3}, 1, 7, 5, 9, margin=1e-6, limit=6e-5)
+    report.continuations[0] = replace(report.continuations[0], flips=[flip])
+    last = report.searches[-1]
+    assert last.found is not None
+    skipped = replace(last.found, shape=(), place=(), suspect=None)
+    report.searches += [replace(last, found=None), replace(last, found=skipped)]
+    return report
+
+
+@pytest.fixture(scope="module")
+def float32(results) -> Case:
+    return results.cases[1]
+
+
+@pytest.fixture(scope="module")
+def rounding(results) -> Case:
+    """8-bit weights against the full ones: no reference, and limits of their own."""
+    return results.cases[3]
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +102,13 @@ def value_of(results: Any, key: str) -> Any:
 
 
 def test_no_figure_is_missing(results, read):
-    """Except what is drawn, what is said in words, the references' flips, and all gradients but the worst."""
-    said = r"passed|.*\.(reference|harmless|dtype|model|near_tie)|cases\.\d\.texts\..*|.*\.by_position\..*"
-    said += r"|.*\.settings\..*|.*\.(shape|place)\.\d|.*failures\..*|searches\.1\..*|.*\.found"
+    """Except what is drawn or said in words, the references' flips, and all gradients but the worst."""
+    said = r"passed|.*\.(reference|harmless|dtype|model|near_tie|note|found|suspect)|cases\.\d\.texts\..*"
+    said += r"|.*\.(by_position|settings)\..*|.*\.(shape|place)\.\d|.*failures\..*"
+    said += rf"|cases\.\d\.rows\.[01]\.flips.*|searches\.{len(results.searches) - 1}\..*"
     said += r"|gradients\.\d\.(rows|worst\.(passed|same_bits)).*"
-    assert [
-        key for key in leaves(plain(results)) if key not in read.shown and not re.fullmatch(said, key)
-    ] == []
+    missing = [key for key in leaves(plain(results)) if key not in read.shown]
+    assert [key for key in missing if not re.fullmatch(said, key)] == []
 
 
 def test_text_from_outside_is_only_text(results, read):
@@ -169,8 +120,8 @@ def test_text_from_outside_is_only_text(results, read):
             # The page's own words name the machine's figures; the others have names from outside.
             return {name + HOSTILE * (key != "machine"): spoilt(part, name) for name, part in value.items()}
         if isinstance(value, (list, tuple)):
-            return [spoilt(part) for part in value]
-        return value + HOSTILE if isinstance(value, str) else value
+            return [spoilt(part, key) for part in value]
+        return value + HOSTILE if isinstance(value, str) and value and key != "dtype" else value
 
     source = page(spoilt(results))
     bad = Read(source)
@@ -182,7 +133,7 @@ def test_text_from_outside_is_only_text(results, read):
 
 def test_a_failing_report_begins_with_its_failures(results, read):
     places = [read.text.index(line) for line in ("parity: FAILED", *results.failures, "Summary")]
-    assert len(results.failures) == 3
+    assert len(results.failures) > 5
     assert places == sorted(places)
 
 
@@ -191,47 +142,55 @@ def test_sections_without_results_are_left_out(read):
     assert "parity: passed" in empty.text
     assert [value for name, value in empty.attributes if name == "id"] == ["summary", "terms", "machine"]
     assert [value for name, value in read.attributes if name == "id"] == [
-        *("summary", "terms", "case-0", "case-1", "case-2", "ids", "gradients", "mutations", "searches"),
+        *(
+            "summary",
+            "terms",
+            "case-0",
+            "case-1",
+            "case-2",
+            "case-3",
+            "case-4",
+            "ids",
+            "gradients",
+            "mutations",
+            "searches",
+        ),
         *("notebook", "machine"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("key", "text"),
+    ("key", "value", "text"),
     [
-        ("cases.1.rows.3.relative", "not finite"),
-        ("cases.1.rows.3.same_bits", "differ"),
-        ("cases.0.rows.0.same_bits", ""),
-        ("cases.0.limits.kl_mean", "none"),
-        ("cases.0.rows.2.relative", "1.10e-06"),
-        ("cases.0.limits.top1", "none"),
-        ("cases.2.limits.top1", "95.00%"),
-        ("cases.2.limits.nll_change", "+1.0e-02"),
-        ("cases.0.rows.2.top1", "100.00%"),
-        ("cases.0.positions", "1,297"),
-        ("cases.1.rows.3.flips.3.margin", "not finite"),
-        ("cases.1.rows.2.flips.0.expected", "49151"),
-        ("machine.gpu", "none"),
-        ("mutations.0.score", "890,049"),
-        ("mutations.1.score", "1.01"),
-        ("mutations.2.right", "NO"),
-        ("searches.0.found.got", "-1.23456789"),
-        ("continuations.1.flips.0.settings", "temperature 0.7, seed 3"),
+        ("cases.1.rows.3.relative", math.nan, "not finite"),
+        ("cases.1.rows.3.same_bits", False, "differ"),
+        ("cases.0.rows.0.same_bits", None, ""),
+        ("cases.0.limits.kl_mean", math.inf, "none"),
+        ("cases.0.limits.top1", -math.inf, "none"),
+        ("cases.0.limits.top1", 0.95, "95.00%"),
+        ("cases.0.limits.nll_change", 0.00995, "+1.0e-02"),
+        ("cases.0.rows.2.relative", 1.1e-6, "1.10e-06"),
+        ("cases.0.positions", 1297, "1,297"),
+        ("cases.1.rows.2.flips.0.expected", 49151, "49151"),
+        ("machine.gpu", None, "none"),
+        ("mutations.0.score", 890048.57, "890,049"),
+        ("mutations.1.score", 1.0128, "1.01"),
+        ("mutations.2.right", False, "NO"),
+        ("searches.0.found.got", -1.23456789, "-1.23456789"),
+        ("continuations.1.flips.0.settings", {"temperature": 0.7, "seed": 3}, "temperature 0.7, seed 3"),
     ],
 )
-def test_how_a_figure_is_written(read, key, text):
-    assert read.shown[key][1] == text
+def test_how_a_figure_is_written(key, value, text):
+    assert formatted(key, value) == text
 
 
-def test_notes_stand_only_where_they_apply():
-    def notes(case: Case) -> int:
-        return page(Report(cases=[case])).count('class="note"')
+def test_notes_stand_only_where_they_apply(results, float32):
+    def notes(case: Case, note: str = "") -> int:
+        return page(Report(cases=[replace(case, note=note)])).count('class="note"')
 
-    silent = replace(FLOAT32, note="")
-    assert (notes(FLOAT32), notes(silent)) == (1, 0)
+    assert (notes(float32), notes(float32, "Something was not judged.")) == (0, 1)
     # In float64 transformers itself is over the limit, which the page explains.
-    far = a_case("float64", 1e-12, *references(1e-7), a_row("tinyllama eager", 1e-15))
-    assert notes(replace(far, note="")) == 1
+    assert notes(results.cases[0]) == 1
 
 
 def points(chart: Chart, style: str) -> list[tuple[float, float]]:
@@ -240,37 +199,39 @@ def points(chart: Chart, style: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in pairs]
 
 
-def test_the_limit_is_drawn_in_units_of_the_references_error():
-    chart = layer_chart(FLOAT32)
+def test_the_limit_is_drawn_in_units_of_the_references_error(float32):
+    chart = layer_chart(float32)
     assert chart is not None
     assert chart.curves[0].name == "limit: 2 R"
     band = [float(point.split(",")[1]) for point in chart.band[0].split()]
     ours, limit = points(chart, "series-0"), points(chart, "limit")
     # The embedding's error is zero, which a log axis has no place for.
-    assert len(ours) == len(limit) == LAYERS + 2
+    assert len(ours) == len(limit) == 6
     assert chart.notes == (ZERO_NOTE,)
     assert all(top < mine for (_, top), (_, mine) in zip(limit, ours, strict=True))
     assert min(band) > min(y for _, y in limit)
 
 
-def test_what_cannot_be_compared_is_not_drawn():
-    chart = layer_chart(ROUNDING)
+def test_what_cannot_be_compared_is_not_drawn(float32, rounding):
+    chart = layer_chart(rounding)
     assert chart is not None
-    assert ([curve.name for curve in chart.curves], chart.band_name) == (["tinyllama int8"], "")
-    # A curve that lacks a stage.
-    short = replace(FLOAT32.rows[2], by_layer=FLOAT32.rows[2].by_layer[1:])
-    case = replace(FLOAT32, rows=[*FLOAT32.rows[:2], short])
+    assert (len(chart.curves), chart.band_name) == (1, "")
+    *theirs, ours, _, _ = float32.rows
+    lacking = replace(ours, by_layer=ours.by_layer[1:])
+    case = replace(float32, rows=[*theirs, lacking])
     chart = layer_chart(case)
     assert chart is not None
     assert [curve.style for curve in chart.curves] == ["limit"]
     assert "Error by layer in numbers" not in page(Report(cases=[case]))
-    nothing = a_row("tinyllama", 1.0, relative=math.nan, by_layer=[], by_position={})
-    assert "<svg" not in page(Report(cases=[a_case("float32", 1e-5, nothing)]))
+    nothing = replace(ours, relative=math.nan, by_layer=[], by_position={})
+    assert "<svg" not in page(Report(cases=[replace(float32, rows=[nothing])]))
 
 
 @pytest.mark.parametrize("error", [0.0, 5e-324, 1e-7, 1.0, 1e306])
-def test_curves_of_any_size(error):
-    case = a_case("float32", 1e-5, a_row("tinyllama", error))
+def test_curves_of_any_size(rounding, error):
+    row = rounding.rows[0]
+    row = replace(row, by_layer=[error] * 33, by_position={text: [error] for text in row.by_position})
+    case = replace(rounding, rows=[row])
     for chart in filter(None, [layer_chart(case), *position_charts(case)]):
         assert len(chart.ys) >= 2
         assert all(0 <= y <= 276 for curve in chart.curves for _, y in points(chart, curve.style))

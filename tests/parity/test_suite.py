@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.parity.test_page import a_row
 from tests.shapes import some_ids, tiny_config
 from tinyllama.attention import KERNELS, eager
 from tinyllama.fast import native
@@ -17,7 +16,7 @@ from tinyllama.parity.gradients import Gradients, WeightGradient
 from tinyllama.parity.measure import Limits
 from tinyllama.parity.mutations import MUTATIONS, Mutation, changed
 from tinyllama.parity.notebook import Notebook
-from tinyllama.parity.report import Case, Report
+from tinyllama.parity.report import Case, Report, Row
 from tinyllama.parity.subjects import DTYPES, Extent, Shape
 from tinyllama.parity.suite import Suite
 
@@ -197,7 +196,9 @@ def test_the_verdict_has_every_failure_of_every_section():
     name = ("m", "float32")
     near = IdFlip({}, prompt=0, step=2, expected=9, chosen=7, margin=1e-6, limit=1e-5)
     gradients = [WeightGradient("a", 1e-7, 1e-7, 2e-7, True), WeightGradient("b", 3e-7, 1e-7, 2e-7, False)]
-    case = Case(*name, {"english": 1}, "", Limits(), [a_row("x", 1.0), a_row("y", 1.0, failures=["1", "2"])])
+    right = Row("x", False, *[1.0] * 9, flips=[], same_bits=None, by_layer=[], by_position={}, failures=[])
+    rows = [right, replace(right, who="y", failures=["1", "2"])]
+    case = Case(*name, {"english": 1}, "", Limits(), rows)
     report = Report(
         cases=[case],
         continuations=[Continuations(*name, "greedy", 1, 9, [near, replace(near, margin=1e-2)])],
