@@ -133,68 +133,42 @@ def bfloat16_norm(norm, x, _output):
     return (norm.weight.bfloat16() * low).float()
 
 
+def permuted_twice(_model, weight):
+    return weight.view(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64)
+
+
+def other_layer_s(model, _weight):
+    return model.layers[2].mlp.down_proj.weight
+
+
 Q_ROT, K_PROJ = "layers.0.self_attn.q_rot", "layers.2.self_attn.k_proj"
-UP, SECOND_NORM = "layers.1.mlp.up_proj", "layers.2.post_attention_layernorm"
-PLANTED = {
-    "rows in Meta's order": (
-        by_weight(K_PROJ, lambda _, w: as_meta(w)),
-        (K_PROJ, "pair order of Meta's"),
-    ),
-    "rows permuted twice": (
-        by_weight(K_PROJ, lambda _, w: w.view(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64)),
-        (K_PROJ, "put into Hugging Face's pair order twice"),
-    ),
-    "k and v swapped": (k_and_v_swapped, ("layers.1.self_attn.k_proj", "k and v are swapped")),
-    "another layer's weight": (
-        by_weight("layers.1.mlp.down_proj", lambda model, _: model.layers[2].mlp.down_proj.weight),
-        ("layers.1.mlp.down_proj", "the weight of layers.2.mlp.down_proj is used"),
-    ),
-    "transposed": (
-        by_weight("layers.3.self_attn.o_proj", lambda _, w: w.T),
-        ("layers.3.self_attn.o_proj", "the weight is transposed"),
-    ),
-    "a weight that no mistake explains": (
-        by_weight(UP, lambda _, w: w + 0.01 * torch.randn(176, 64)),
-        (UP, None),
-    ),
-    "embeddings scaled": (
-        by_weight("embed_tokens", lambda _, w: 8 * w),
-        ("embed_tokens", "embeddings are scaled by sqrt(hidden_size)"),
-    ),
-    "no residual": (
-        by_output("layers.1", lambda _, x, out: out - x),
-        ("layers.1", "the layer's input is left out of its output"),
-    ),
-    "norm in bfloat16": (
-        by_output(SECOND_NORM, bfloat16_norm),
-        (SECOND_NORM, "the norm is computed in bfloat16"),
-    ),
-    "window": (
-        by_kernel(window, 1),
-        ("layers.1.self_attn.scores", "a token sees at most itself and the 7 before it"),
-    ),
-    "no mask": (by_kernel(no_mask), ("layers.0.self_attn.scores", "nothing is masked")),
-    "another scale": (
-        by_kernel(other_scale, 2),
-        ("layers.2.self_attn.scores", "scores are scaled by 0.3, not by 1/sqrt(head_dim)"),
-    ),
-    "fused, KV heads tiled": (by_kernel(fused_and_tiled), ("layers.0.self_attn.z", "KV heads are tiled")),
-    "pattern in bfloat16": (
-        by_kernel(bfloat16_pattern, 0),
-        ("layers.0.self_attn.pattern", "the pattern is rounded to bfloat16"),
-    ),
-}
+UP, DOWN, O_PROJ = "layers.1.mlp.up_proj", "layers.1.mlp.down_proj", "layers.3.self_attn.o_proj"
+NORM, EMBEDDING = "layers.2.post_attention_layernorm", "embed_tokens"
+PLANTED = [
+    (by_weight(K_PROJ, lambda _, w: as_meta(w)), K_PROJ, "pair order of Meta's"),
+    (by_weight(K_PROJ, permuted_twice), K_PROJ, "put into Hugging Face's pair order twice"),
+    (by_weight(DOWN, other_layer_s), DOWN, "the weight of layers.2.mlp.down_proj is used"),
+    (by_weight(O_PROJ, lambda _, w: w.T), O_PROJ, "the weight is transposed"),
+    (by_weight(UP, lambda _, w: w + 0.01 * torch.randn(176, 64)), UP, "none that is known"),
+    (by_weight(EMBEDDING, lambda _, w: 8 * w), EMBEDDING, "embeddings are scaled by sqrt(hidden_size)"),
+    (k_and_v_swapped, "layers.1.self_attn.k_proj", "k and v are swapped"),
+    (by_output("layers.1", lambda _, x, out: out - x), "layers.1", "the layer's input is left out"),
+    (by_output(NORM, bfloat16_norm), NORM, "the norm is computed in bfloat16"),
+    (by_kernel(window, 1), "layers.1.self_attn.scores", "a token sees at most itself and the 7 before it"),
+    (by_kernel(no_mask), "layers.0.self_attn.scores", "nothing is masked"),
+    (by_kernel(other_scale, 2), "layers.2.self_attn.scores", "scores are scaled by 0.3, not by"),
+    (by_kernel(fused_and_tiled), "layers.0.self_attn.z", "KV heads are tiled"),
+    (by_kernel(bfloat16_pattern, 0), "layers.0.self_attn.pattern", "the pattern is rounded to bfloat16"),
+]
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_bug_in_one_place_is_found_there(bug):
-    plant, (address, why) = PLANTED[bug]
+@pytest.mark.parametrize(("plant", "address", "why"), PLANTED, ids=[why for *_, why in PLANTED])
+def test_a_bug_in_one_place_is_found_there(plant, address, why):
     model = tiny_model()
     plant(model)
     found = search_model(model)
     assert found.address == address
-    assert (why or "none that is known") in str(found)
-    assert (found.suspect is None) == (why is None)
+    assert why in str(found)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from tinyllama.parity.report import BIN, Case, Flip, Row
 from tinyllama.parity.trace import Trace, our_trace, reference_trace, stages
 
 REFERENCES = ("eager", "sdpa")
+# What a row tells of a `Difference`.
+SUMMARIES = ("relative", "rms", "mean", "max", "kl_mean", "kl_p99", "kl_max", "top1", "nll_change")
 
 
 def kernel_run(model: Llama, kernel: Kernel) -> Run:
@@ -78,36 +80,32 @@ def compare_runs(
     """
     partners = partners or {}
     runs = {**references, **candidates}
-    tallies = {who: _Tally() for who in runs}
+    parts: dict[str, list[Difference]] = {who: [] for who in runs}
+    squares: dict[str, list[Tensor]] = {who: [] for who in runs}
+    same_bits: dict[str, list[bool]] = {who: [] for who in runs}
     for text, ids in texts.items():
-        logits: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
         for who, run in runs.items():
             done(f"{text}: {who}")
             values = run(ids, list(truth[text]))
-            tallies[who].add(values, truth[text], ids)
+            logits = _logits(values)
+            parts[who].append(difference(logits, _logits(truth[text]), ids))
+            squares[who].append(_squares(values, truth[text]))
             if who in references:
-                logits[who] = _logits(values)
+                known[who] = logits
             elif who in partners:
-                tallies[who].same_bits.append(torch.equal(_logits(values), logits[partners[who]]))
-    measured = {who: Difference.joined(tally.parts) for who, tally in tallies.items()}
+                same_bits[who].append(torch.equal(logits, known[partners[who]]))
+    measured = {who: Difference.joined(some) for who, some in parts.items()}
     limit = limit or limits([measured[who] for who in references], dtype)
     counts = {text: len(ids) for text, ids in texts.items()}
     rows = [
         Row(
             who=who,
             reference=who in references,
-            relative=one.relative,
-            rms=one.rms,
-            mean=one.mean,
-            max=one.max,
-            kl_mean=one.kl_mean,
-            kl_p99=one.kl_p99,
-            kl_max=one.kl_max,
-            top1=one.top1,
-            nll_change=one.nll_change,
+            **{name: getattr(one, name) for name in SUMMARIES},
             flips=list(_flips(one, counts)),
-            same_bits=all(tallies[who].same_bits) if tallies[who].same_bits else None,
-            by_layer=[*tallies[who].by_layer(), one.relative],
+            same_bits=all(same_bits[who]) if same_bits[who] else None,
+            by_layer=[*_relative(squares[who]), one.relative],
             by_position=_by_position(one, counts),
             failures=[] if who in references else list(broken(one, limit)),
         )
@@ -122,33 +120,22 @@ def _logits(values: Trace) -> Tensor:
     return logits
 
 
-class _Tally:
-    """The sums over one implementation's texts."""
+def _squares(values: Trace, truth: Trace) -> Tensor:
+    """At each stage before the logits, the squared error and the squared truth, summed: (stages, 2)."""
+    sums = []
+    for address, right in truth.items():
+        value = values.get(address)
+        if address != "lm_head" and right is not None:
+            same_shape = value is not None and value.shape == right.shape
+            error = (value - right).square().sum().item() if same_shape else math.nan  # type: ignore[operator]
+            sums.append([error, right.square().sum().item()])
+    return torch.tensor(sums, dtype=torch.float64)
 
-    def __init__(self) -> None:
-        self.parts: list[Difference] = []
-        self.same_bits: list[bool] = []
-        self.squares: dict[
-            str, list[float]
-        ] = {}  # address -> sums of the squared error and the squared truth
 
-    def add(self, values: Trace, truth: Trace, ids: Sequence[int]) -> None:
-        """Add one text's values."""
-        for address, right in truth.items():
-            value = values.get(address)
-            if address == "lm_head" or right is None:
-                continue
-            sums = self.squares.setdefault(address, [0.0, 0.0])
-            if value is None or value.shape != right.shape:
-                sums[0] = math.nan
-            else:
-                sums[0] += (value - right).square().sum().item()
-            sums[1] += right.square().sum().item()
-        self.parts.append(difference(_logits(values), _logits(truth), ids))
-
-    def by_layer(self) -> list[float]:
-        """The relRMS at every stage before the logits."""
-        return [(error / size) ** 0.5 for error, size in self.squares.values()]
+def _relative(squares: Sequence[Tensor]) -> list[float]:
+    """The relRMS at each stage, over all texts."""
+    errors, sizes = torch.stack(list(squares)).sum(dim=0).T
+    return (errors / sizes).sqrt().tolist()
 
 
 def _flips(measured: Difference, counts: Mapping[str, int]) -> Iterator[Flip]:
