@@ -1,9 +1,10 @@
-"""Is it right? Judge logits, ids and gradients by transformers' own error against a float64 oracle.
+"""Judge logits, ids and gradients by transformers' own error against a float64 oracle.
 
-relRMS, KL and top-1 are against the oracle; R is the worse of transformers' eager
-and sdpa attention. float32 may have 2 R, 16 bits 1.5 R. "bits" says whether every
-logit is the very float that transformers computes with the same attention. Where
-something fails, the first operation that diverges is named, with a suspect.
+relRMS, KL and top-1 are measured against the oracle. R is the larger relRMS of
+transformers with eager and with sdpa attention: up to 2 R passes in float32, up
+to 1.5 R in 16 bits. "bits" says whether every logit equals, bit by bit, that of
+transformers with the same attention. Where something fails, the first operation
+that diverges is named, with a suspect.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tinyllama.parity.suite import Suite
 
 SHAPE = "tinyllama-shape"
-DTYPES = ["float64", "float32", "bfloat16", "float16"]
+DTYPES = ["float64", "float32", "bfloat16", "float16"]  # widest first, as the suite takes them
 
 EXAMPLES = """\
   python scripts/parity.py                              every model at hand, and TinyLlama's shape
@@ -41,7 +42,7 @@ exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 
 
 def main() -> int:
-    """Compare, print the results, and return 1 where anything fails."""
+    """Compare, print the results, and return 1 if anything fails."""
     args = parse()
     from tinyllama.checkpoints.files import replace_text
     from tinyllama.pages import plain
@@ -94,7 +95,7 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
 
 
 def default_models(quick: bool) -> list[str]:
-    """What can be had without a download."""
+    """The models that need no download."""
     from tinyllama.checkpoints.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
 
     if quick:
@@ -125,7 +126,6 @@ def extent(args: argparse.Namespace, one: Subject) -> Extent:
     chosen = QUICK if args.quick else LARGE if large else FULL
     if not args.dtype:
         return chosen
-    # From the widest to the narrowest, as a Subject wants it.
     return replace(chosen, dtypes=tuple(dtype for dtype in DTYPES if dtype in args.dtype))
 
 
@@ -142,9 +142,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help=f"names or folders; {SHAPE} is random weights"
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--quick", action="store_true", help="fewer dtypes, positions and continuations")
     parser.add_argument(
-        "--dtype", action="append", choices=DTYPES, help="may be given several times (default: all four)"
+        "--dtype", action="append", choices=DTYPES, help="may be repeated (default: all four)"
     )
     parser.add_argument(
         "--attention",
@@ -158,19 +158,22 @@ def parse() -> argparse.Namespace:
         help="what is right: another checkpoint or another kernel (default: transformers)",
     )
     parser.add_argument(
-        "--text", action="append", metavar="FILE", help="compare on this text; may be given several times"
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="compare on this text, not on ours; may be repeated",
     )
     parser.add_argument(
-        "--bisect", action="store_true", help="look for the first divergence even where all passes"
+        "--bisect", action="store_true", help="look for the first divergence even where everything passes"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the results as a page")
     args = parser.parse_args()
     options.check_output(parser, "--html", args.html)
     if args.text and SHAPE in args.models:
         parser.error(f"--text: {SHAPE} has random weights and no tokenizer; leave one of them out")
-    # Once for all models: stdin can be read but once.
+    # Here, once for all models, because stdin can be read only once.
     args.text = {file: read_text(file) for file in args.text} if args.text else None
     return args
 

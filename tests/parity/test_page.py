@@ -89,16 +89,7 @@ def test_every_figure_is_shown_as_it_is(results, read):
     whole = plain(results)
     for key, (exact, text) in read.shown.items():
         assert json.loads(exact) == value_at(whole, key)
-        assert text == visible(formatted(key, value_of(results, key))), key
-
-
-def value_of(results: Any, key: str) -> Any:
-    for part in key.split("."):
-        if isinstance(results, (list, tuple)):
-            results = results[int(part)]
-        else:
-            results = results[part] if isinstance(results, dict) else getattr(results, part)
-    return results
+        assert text == visible(formatted(key, value_at(results, key))), key
 
 
 def test_no_figure_is_missing(results, read):

@@ -31,11 +31,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line that breaks where a value cannot be drawn.
+    """A line with gaps where a value cannot be drawn.
 
     Attributes:
-        name: as the legend has it.
-        style: class of the line.
+        name: in the legend.
+        style: the line's class in the style sheet.
         lines: points of each unbroken part.
         dots: (x, y) of points that are drawn by themselves.
     """
@@ -57,7 +57,7 @@ class Chart:
         xs: ticks of the x axis.
         ys: ticks of the y axis.
         band: outlines of the area between the references' smallest and largest error.
-        band_name: whose that is; empty without one.
+        band_name: its name in the legend; empty without one.
         curves: the limit first.
         notes: what cannot be drawn.
     """

@@ -115,12 +115,23 @@ def changed(*changes: tuple[Any, str, Any]) -> Iterator[None]:
             setattr(thing, name, value)
 
 
-def _modules(model: Llama, kind: type[nn.Module]) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, kind)]
+def _patch(thing: Any, name: str, value: Any) -> Callable[[Llama], Planted]:
+    """Plant something that all models share."""
+    return lambda model: changed((thing, name, value))
 
 
-def _eps(eps: float) -> Callable[[Llama], Planted]:
-    return lambda model: changed(*((norm, "eps", eps) for norm in _modules(model, RMSNorm)))
+def _in_norms(name: str, wrong: Callable[[RMSNorm], Any]) -> Callable[[Llama], Planted]:
+    """Plant an attribute of every norm."""
+
+    def planted(model: Llama) -> Planted:
+        norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+        return changed(*((norm, name, wrong(norm)) for norm in norms))
+
+    return planted
+
+
+def _kernel(kernel: Kernel) -> Callable[[Llama], Planted]:
+    return lambda model: changed(*((block.self_attn, "kernel", kernel) for block in model.layers))
 
 
 def _theta(theta: float) -> Callable[[Llama], Planted]:
@@ -131,12 +142,9 @@ def _theta(theta: float) -> Callable[[Llama], Planted]:
     return planted
 
 
-def _interleaved_pairs(model: Llama) -> Planted:
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x1, x2 = x[..., ::2], x[..., 1::2]
-        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
-
-    return changed((tinyllama.attention, "rotate", rotate))
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
 
 
 def _positions_plus_1(model: Llama) -> Planted:
@@ -148,105 +156,96 @@ def _positions_plus_1(model: Llama) -> Planted:
     return model.register_forward_pre_hook(shift, with_kwargs=True)
 
 
-def _bfloat16_angles(model: Llama) -> Planted:
-    def forward(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    return changed((RotaryEmbedding, "forward", forward))
+def _bfloat16_angles(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _kernel(model: Llama, kernel: Kernel) -> Planted:
-    return changed(*((block.self_attn, "kernel", kernel) for block in model.layers))
+def _tiled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    G = q.shape[1] // k.shape[1]
+    return eager(q, k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1), context)
 
 
-def _tiled_kv_heads(model: Llama) -> Planted:
-    def tiled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        G = q.shape[1] // k.shape[1]
-        return eager(q, k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1), context)
-
-    return _kernel(model, tiled)
+def _scaled_by_hidden_size(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    _, H, _, D = q.shape
+    return eager(q, k, v, replace(context, scale=(H * D) ** -0.5))
 
 
-def _scale_by_hidden_size(model: Llama) -> Planted:
-    def scaled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        return eager(q, k, v, replace(context, scale=model.config.hidden_size**-0.5))
-
-    return _kernel(model, scaled)
-
-
-def _leaking_mask(model: Llama) -> Planted:
-    def leaking(*args: Any) -> Visibility:
-        visible = original(*args)
-        ahead = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None] + 1
-        return replace(visible, mask=ahead, causal=False, full=False)
-
-    original = Visibility.of
-    return changed((Visibility, "of", staticmethod(leaking)))
+def _leaking_mask(*args: Any, of: Callable[..., Visibility] = Visibility.of) -> Visibility:
+    visible = of(*args)
+    ahead = visible.key_positions[:, None, None, :] <= visible.query_positions[:, None, :, None] + 1
+    return replace(visible, mask=ahead, causal=False, full=False)
 
 
-def _layer_norm(model: Llama) -> Planted:
-    def forward(norm: RMSNorm, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, None, norm.eps)
-
-    return changed((RMSNorm, "forward", forward))
-
-
-def _one_plus_weight(model: Llama) -> Planted:
-    norms = _modules(model, RMSNorm)
-    return changed(*((norm, "weight", nn.Parameter(norm.weight.detach() + 1)) for norm in norms))
-
-
-def _gelu(model: Llama) -> Planted:
-    # In the model's own namespace, because torch's F.silu is transformers' too.
-    return changed((tinyllama.model, "F", SimpleNamespace(silu=F.gelu)))
+def _layer_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, None, norm.eps)
 
 
 def _gate_and_up_swapped(model: Llama) -> Planted:
-    mlps = _modules(model, MLP)
+    mlps = [module for module in model.modules() if isinstance(module, MLP)]
     gates = [(mlp, "gate_proj", mlp.up_proj) for mlp in mlps]
     return changed(*gates, *((mlp, "up_proj", mlp.gate_proj) for mlp in mlps))
 
 
-ROTATED, SCORES = "layers.0.self_attn.q_rot", "layers.0.self_attn.scores"
-FIRST_NORM = "layers.0.input_layernorm"
+NORM, Q_ROT, SCORES = "layers.0.input_layernorm", "layers.0.self_attn.q_rot", "layers.0.self_attn.scores"
 MUTATIONS = [
-    Mutation("eps 1e-6", _eps(1e-6), FIRST_NORM, "eps is 1e-06, not 1e-05"),
-    Mutation("eps 0", _eps(0.0), FIRST_NORM, "eps is 0, not 1e-05"),
-    Mutation("theta + 1%", _theta(10100.0), ROTATED, "theta is 10100, not 10000"),
-    Mutation("theta 500k", _theta(500000.0), ROTATED, "theta is 500000, not 10000"),
+    Mutation("eps 1e-6", _in_norms("eps", lambda norm: 1e-6), NORM, "eps is 1e-06, not 1e-05"),
+    Mutation("eps 0", _in_norms("eps", lambda norm: 0.0), NORM, "eps is 0, not 1e-05"),
+    Mutation("theta + 1%", _theta(10100.0), Q_ROT, "theta is 10100, not 10000"),
+    Mutation("theta 500k", _theta(500000.0), Q_ROT, "theta is 500000, not 10000"),
     Mutation(
         "interleaved RoPE pairing",
-        _interleaved_pairs,
-        ROTATED,
+        _patch(tinyllama.attention, "rotate", _interleaved),
+        Q_ROT,
         "RoPE pairing is interleaved: 2i with 2i + 1, as in Meta's files",
     ),
     Mutation("positions + 1", _positions_plus_1),
-    Mutation("bf16 RoPE angles", _bfloat16_angles, ROTATED, "angles are computed in bfloat16"),
+    Mutation(
+        "bf16 RoPE angles",
+        _patch(RotaryEmbedding, "forward", _bfloat16_angles),
+        Q_ROT,
+        "angles are computed in bfloat16",
+    ),
     Mutation(
         "KV heads tiled instead of repeated",
-        _tiled_kv_heads,
+        _kernel(_tiled),
         SCORES,
         "KV heads are tiled (query head h reads KV head h mod K), not repeated",
     ),
     Mutation(
         "scale by hidden size",
-        _scale_by_hidden_size,
+        _kernel(_scaled_by_hidden_size),
         SCORES,
         "scores are scaled by 1/sqrt(hidden_size), not by 1/sqrt(head_dim)",
     ),
     Mutation(
         "LayerNorm for RMSNorm",
-        _layer_norm,
-        FIRST_NORM,
+        _patch(RMSNorm, "forward", _layer_norm),
+        NORM,
         "LayerNorm is used for RMSNorm: the mean is subtracted",
     ),
-    Mutation("weight + 1 in the norm", _one_plus_weight, FIRST_NORM, "norm weight is applied as 1 + w"),
-    Mutation("GELU for SiLU", _gelu, "layers.0.mlp.product", "GELU is used for SiLU"),
+    Mutation(
+        "weight + 1 in the norm",
+        _in_norms("weight", lambda norm: nn.Parameter(norm.weight.detach() + 1)),
+        NORM,
+        "norm weight is applied as 1 + w",
+    ),
+    # In the model's own namespace, because torch's F.silu is transformers' too.
+    Mutation(
+        "GELU for SiLU",
+        _patch(tinyllama.model, "F", SimpleNamespace(silu=F.gelu)),
+        "layers.0.mlp.product",
+        "GELU is used for SiLU",
+    ),
     Mutation(
         "gate and up swapped", _gate_and_up_swapped, "layers.0.mlp.gate_proj", "gate and up are swapped"
     ),
-    Mutation("mask leaks one token", _leaking_mask, SCORES, "mask leaks one token"),
+    Mutation(
+        "mask leaks one token",
+        _patch(Visibility, "of", staticmethod(_leaking_mask)),
+        SCORES,
+        "mask leaks one token",
+    ),
     Mutation(
         "last layer skipped",
         lambda model: changed((model, "layers", model.layers[:-1])),
