@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,14 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Step:
-    """One address on the way: the relRMS of ours and of the reference, and the limit on ours."""
+    """One address on the way of a search.
+
+    Attributes:
+        address: the module path.
+        relative: relRMS against the oracle; inf with another shape or mask, or if never computed.
+        reference: the reference's relRMS there; NaN where it has no such value.
+        limit: the most that rounding explains.
+    """
 
     address: str
     relative: float
@@ -37,14 +44,10 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Step):
     """The first value that is wrong.
 
     Attributes:
-        address: its module path.
-        relative: its relRMS against the oracle; inf with another shape or mask, or if never computed.
-        reference: the reference's relRMS there; NaN where it has no such value.
-        limit: the most that rounding explains.
         shape: of the value; () where it was never computed.
         place: index of the largest error; () where there is no value of the right shape.
         got: the value there.
@@ -54,10 +57,6 @@ class Divergence:
         path: every address compared on the way, this one last.
     """
 
-    address: str
-    relative: float
-    reference: float
-    limit: float
     shape: tuple[int, ...]
     place: tuple[int, ...]
     got: float
@@ -186,10 +185,7 @@ class _Values:
             theirs = [value[place].item() for value in self.references(step.address)]
             numbers = [got[place].item(), expected[place].item(), theirs[0] if theirs else math.nan]
         return Divergence(
-            address=step.address,
-            relative=step.relative,
-            reference=step.reference,
-            limit=step.limit,
+            **asdict(step),
             shape=() if got is None else tuple(got.shape),
             place=place,
             got=numbers[0],

@@ -60,7 +60,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     positions = sum(case.positions for case in cases)
     ids = sum(part.ids for part in report.continuations)
     flips = sum(len(part.flips) for part in report.continuations)
-    differ = f"{flips:,} continuations differ" if flips else "all the same"
+    differ = f"differences: {flips:,}" if flips else "all the same"
     weights = sum(part.weights for part in report.gradients)
     same = sum(part.same_bits for part in report.gradients)
     right = sum(trial.right for trial in trials)
