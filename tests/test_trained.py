@@ -72,9 +72,9 @@ def test_sampled_ids_equal_transformers(loaded, reference, prompts, settings):
     model, _ = loaded
     model.set_attention(tinyllama.sdpa)
     prompt = prompts[2]
-    for seed in range(2):  # `make parity` tries twenty, and test_generation.py twenty on a small model
-        ours = tinyllama.generate(model, [prompt], max_new_tokens=4, eos_ids=(), seed=seed, **settings)
-        assert ours == reference_ids(reference, [prompt], 4, seed, **settings), seed
+    # One seed; `make parity` tries twenty, and test_generation.py twenty on a small model.
+    ours = tinyllama.generate(model, [prompt], max_new_tokens=5, eos_ids=(), seed=3, **settings)
+    assert ours == reference_ids(reference, [prompt], 5, 3, **settings)
 
 
 def test_it_answers_in_a_chat_and_stops_by_itself(loaded):

@@ -188,7 +188,8 @@ def test_of_a_large_model_less_is_compared(quick, vocabulary, expected):
 def test_the_official_model_is_known_by_its_folder_and_has_the_notebook_s_texts(parity, tiny, monkeypatch):
     # However the folder is spelled.
     monkeypatch.chdir(tiny.parent)
-    options = ("tiny", "--quick", "--dtype", "float32")
+    (tiny.parent / "text.txt").write_text(TEXT)
+    options = ("tiny", "--quick", "--dtype", "float32", "--text", "text.txt")
     monkeypatch.setattr(suite, "notebook_failures", lambda model, tokenizer: ["notebook, greedy: differs"])
     monkeypatch.setattr(hub, "on_disk", lambda repo_id: tiny)
     status, out, _ = parity(*options)
