@@ -1,9 +1,10 @@
-"""Is it right? Judge logits, ids and gradients by transformers' own error against a float64 oracle.
+"""Judge logits, ids and gradients by transformers' own error against a float64 oracle.
 
-relRMS, KL and top-1 are against the oracle; R is the worse of transformers' eager
-and sdpa attention. float32 may have 2 R, 16 bits 1.5 R. "bits" says whether every
-logit is the very float that transformers computes with the same attention. Where
-something fails, the first operation that diverges is named, with a suspect.
+relRMS, KL and top-1 are measured against the oracle. R is the larger relRMS of
+transformers with eager and with sdpa attention: up to 2 R passes in float32, up
+to 1.5 R in 16 bits. "bits" says whether every logit equals, bit by bit, that of
+transformers with the same attention. Where something fails, the first operation
+that diverges is named, with a suspect.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
 from tinyllama.cli.terminal import read_text, run
-from tinyllama.progress import escape, note, progress_line
+from tinyllama.progress import note, progress_line
 
 if TYPE_CHECKING:
-    from tinyllama.parity.report import Figures
     from tinyllama.parity.subjects import Extent, Subject
     from tinyllama.parity.suite import Suite
 
 SHAPE = "tinyllama-shape"
-DTYPES = ["float64", "float32", "bfloat16", "float16"]
+DTYPES = ["float64", "float32", "bfloat16", "float16"]  # widest first, as the suite takes them
 
 EXAMPLES = """\
   python scripts/parity.py                              every model at hand, and TinyLlama's shape
@@ -43,31 +43,32 @@ exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 
 
 def main() -> int:
-    """Compare, print the results, and return 1 where anything fails."""
+    """Compare, print the results, and return 1 if anything fails."""
     args = parse()
     from tinyllama.checkpoints.files import replace_text
-    from tinyllama.parity import report
+    from tinyllama.pages import plain
     from tinyllama.parity.page import page
     from tinyllama.parity.suite import Suite
+    from tinyllama.parity.tables import show
 
     start = time.perf_counter()
     with progress_line() as done:
         suite = Suite(search=args.bisect, done=done)
         judge(args, suite)
-    suite.figures["machine"] |= {
+    report = suite.report
+    report.machine |= {
         "command": shlex.join(["python", "scripts/parity.py", *sys.argv[1:]]),
         "finished": datetime.now(timezone.utc).isoformat(" ", "seconds"),
         "seconds": round(time.perf_counter() - start),
     }
-    figures = report.concluded(suite.figures)
     if args.json:
-        print(json.dumps(figures, indent=1, allow_nan=False))
+        print(json.dumps(plain(report), indent=1, allow_nan=False))
     else:
-        show(figures)
+        show(report)
     if args.html is not None:
-        replace_text(args.html, page(figures))
+        replace_text(args.html, page(report))
         note(f"wrote {args.html}")
-    return 0 if figures["passed"] else 1
+    return 0 if report.passed else 1
 
 
 def judge(args: argparse.Namespace, suite: Suite) -> None:
@@ -95,7 +96,7 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
 
 
 def default_models(quick: bool) -> list[str]:
-    """What can be had without a download."""
+    """The models that need no download."""
     from tinyllama.checkpoints.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
 
     if quick:
@@ -122,10 +123,10 @@ def extent(args: argparse.Namespace, one: Subject) -> Extent:
     """How much of a model is compared, in the dtypes that the options name."""
     from tinyllama.parity.subjects import FULL, LARGE, LARGE_PARAMETERS, QUICK
 
-    chosen = QUICK if args.quick else LARGE if one.parameters > LARGE_PARAMETERS else FULL
+    large = sum(one.config.parameters.values()) > LARGE_PARAMETERS
+    chosen = QUICK if args.quick else LARGE if large else FULL
     if not args.dtype:
         return chosen
-    # From the widest to the narrowest, as a Subject wants it.
     return replace(chosen, dtypes=tuple(dtype for dtype in DTYPES if dtype in args.dtype))
 
 
@@ -136,37 +137,15 @@ def is_kernel(against: str) -> bool:
     return ".py:" in against or against.partition(":")[0] in BUILT_IN
 
 
-def show(figures: Figures) -> None:
-    """Print every result as a table, the verdict last."""
-    from rich.console import Console
-
-    from tinyllama.parity import tables
-
-    console = Console(highlight=False)
-    for case in figures["cases"]:
-        tables.show_case(console, case)
-    if figures["continuations"]:
-        tables.show_continuations(console, figures["continuations"])
-    if figures["gradients"]:
-        tables.show_gradients(console, figures["gradients"])
-    if figures["mutations"]:
-        tables.show_mutations(console, figures["mutations"])
-    for search in figures["searches"]:
-        tables.show_search(console, search)
-    for failure in figures["failures"]:
-        print(escape(failure))
-    print("parity: passed" if figures["passed"] else "parity: FAILED")
-
-
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help=f"names or folders; {SHAPE} is random weights"
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--quick", action="store_true", help="fewer dtypes, positions and continuations")
     parser.add_argument(
-        "--dtype", action="append", choices=DTYPES, help="may be given several times (default: all four)"
+        "--dtype", action="append", choices=DTYPES, help="may be repeated (default: all four)"
     )
     parser.add_argument(
         "--attention",
@@ -180,19 +159,22 @@ def parse() -> argparse.Namespace:
         help="what is right: another checkpoint or another kernel (default: transformers)",
     )
     parser.add_argument(
-        "--text", action="append", metavar="FILE", help="compare on this text; may be given several times"
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="compare on this text, not on ours; may be repeated",
     )
     parser.add_argument(
-        "--bisect", action="store_true", help="look for the first divergence even where all passes"
+        "--bisect", action="store_true", help="look for the first divergence even where everything passes"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the results as a page")
     args = parser.parse_args()
     options.check_output(parser, "--html", args.html)
     if args.text and SHAPE in args.models:
         parser.error(f"--text: {SHAPE} has random weights and no tokenizer; leave one of them out")
-    # Once for all models: stdin can be read but once.
+    # Here, once for all models, because stdin can be read only once.
     args.text = {file: read_text(file) for file in args.text} if args.text else None
     return args
 

@@ -1,4 +1,4 @@
-"""What the tests of both pages share: what a page is made of, and what a browser makes of it."""
+"""What the tests of both pages share: a parser for a page, and a browser that opens it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOSTILE = "<script>alert(1)</script>\"'</style>&\u202e\x07{{ 7 * 7 }}"
 
 
 class Read(html.parser.HTMLParser):
-    """What a page is made of."""
+    """The tags, attributes, figures and text of a page."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -48,7 +48,10 @@ class Read(html.parser.HTMLParser):
 
 def value_at(figures: Any, key: str) -> Any:
     for part in key.split("."):
-        figures = figures[int(part)] if isinstance(figures, list) else figures[part]
+        if isinstance(figures, (list, tuple)):
+            figures = figures[int(part)]
+        else:
+            figures = figures[part] if isinstance(figures, dict) else getattr(figures, part)
     return figures
 
 
@@ -64,7 +67,7 @@ def leaves(value: Any, key: str = "") -> Iterator[str]:
 
 
 def nothing_but_the_one_style_is_allowed(source: str) -> None:
-    """Fails where a page could load or run anything."""
+    """Fail if the page could load or run anything."""
     (style,) = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     read = Read(source)
@@ -78,7 +81,7 @@ def nothing_but_the_one_style_is_allowed(source: str) -> None:
 
 @contextmanager
 def running_browser():
-    """A browser; without one the test is skipped."""
+    """Start a browser; without one the test is skipped."""
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
@@ -93,7 +96,7 @@ def running_browser():
 
 @contextmanager
 def opened(browser, folder, source, width=1200, height=900, scheme="light"):
-    """A page from disk, without a network; what the browser complains of fails the test."""
+    """Open a page from disk, offline; a complaint of the browser fails the test."""
     file = folder / "page.html"
     file.write_text(source, encoding="utf-8")
     context = browser.new_context(
@@ -113,7 +116,7 @@ def opened(browser, folder, source, width=1200, height=900, scheme="light"):
 
 
 def overlap(one: list[float], other: list[float]) -> bool:
-    """Whether two boxes (left, top, right, bottom) do; an empty text has no width."""
+    """Whether two boxes (left, top, right, bottom) overlap; an empty text has no width."""
     across = min(one[2], other[2]) - max(one[0], other[0])
     down = min(one[3], other[3]) - max(one[1], other[1])
     return across > 0 and down > 0
@@ -144,7 +147,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def read_in_both_schemes(browser, folder, source):
-    """Fails where a text is hard to read: contrast under 4.5, in light or in dark."""
+    """Fail if a text is hard to read, with a contrast under 4.5, in light or in dark."""
     grounds = {}
     for scheme in ("light", "dark"):
         with opened(browser, folder, source, scheme=scheme) as tab:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tinyllama
+from tinyllama.kernels import KERNELS
 from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.reference import config_fields, reference_model
@@ -13,8 +14,7 @@ from tinyllama.parity.texts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TEXT = """A language model gives, for each place in a text, a probability for every token that may come \
-next. naïve façade: Ελλάδα, Москва, 東京 🦙 for i in range(10): print(f"{i:>3}")"""
+TEXT = "naïve façade: Ελλάδα, Москва, 東京 🦙 for i in range(10):"
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +22,21 @@ def loaded(smollm2_folder):
     return tinyllama.load(str(smollm2_folder), device="cpu", dtype="float32", attention="eager")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # `make parity` judges all four
 def test_logits_on_text_pass_the_criteria_of_the_dtype(smollm2_folder, loaded, dtype):
-    _, tokenizer = loaded
-    model = tinyllama.load_model(smollm2_folder, device="cpu", dtype=dtype, attention="eager")
+    model, tokenizer = loaded
+    if dtype != torch.float32:
+        model = tinyllama.load_model(smollm2_folder, device="cpu", dtype=dtype)
     ids = tokenizer.encode(TEXT)
     batch = torch.tensor([ids])
     truth = oracle_logits(config_fields(model.config), model.state_dict(), ids)
-    references = []
-    for attention in ("eager", "sdpa"):
-        reference = reference_model(model, attention)(batch).logits
-        references.append(difference(reference[0], truth))
-        model.set_attention(getattr(tinyllama, attention))
+    references = {name: reference_model(model, name)(batch).logits for name in KERNELS}
+    errors = [difference(logits[0], truth) for logits in references.values()]
+    for name, kernel in KERNELS.items():
+        model.set_attention(kernel)
         logits = model(batch)
-        verdict = judge(difference(logits[0], truth), references, dtype)
-        assert verdict.passed, (attention, verdict.failures)
-        if dtype != torch.float64:  # transformers' norms and RoPE stay float32 there
-            assert torch.equal(logits, reference), attention
+        assert judge(difference(logits[0], truth), errors, dtype).failures == ()
+        assert torch.equal(logits, references[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -49,46 +47,34 @@ def reference(loaded):
 
 @pytest.fixture(scope="module")
 def prompts(loaded):
-    return [loaded[1].encode(prompt) for prompt in PROMPTS]
+    return [loaded[1].encode(prompt) for prompt in PROMPTS[:4]]
 
 
-def test_greedy_ids_of_10_prompts_equal_transformers(loaded, reference, prompts):
+@pytest.mark.parametrize("weights", ["exact", "stored"])
+def test_greedy_ids_equal_transformers_in_a_batch_and_alone(
+    smollm2_folder, loaded, reference, prompts, weights
+):
     model, _ = loaded
     model.set_attention(tinyllama.sdpa)
-    ours = tinyllama.generate(model, prompts, max_new_tokens=16, eos_ids=())
-    assert ours == reference_ids(reference, prompts, 16)
-    # The batch is no privilege: alone, a prompt goes on the same way.
-    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=80, eos_ids=())
-    assert alone[:16] == ours[0]
-    assert alone == greedy_ids(reference, prompts[0], alone)
-
-
-def test_greedy_ids_of_10_prompts_by_the_fast_layers_equal_transformers(smollm2_folder, reference, prompts):
-    model = tinyllama.load_model(smollm2_folder, device="cpu", dtype="float32", weights="stored")
-    ours = tinyllama.generate(model, prompts, max_new_tokens=40, eos_ids=())
-    for prompt, ids in zip(prompts, ours, strict=True):
-        assert ids == greedy_ids(reference, prompt, ids)
-    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=200, eos_ids=())
-    assert alone[:40] == ours[0]
-    assert alone == greedy_ids(reference, prompts[0], alone)
-
-
-def greedy_ids(reference, prompt, ids):
-    """What transformers prefers after each beginning of a text: if it is the text, that is its greedy one."""
-    return reference(torch.tensor([prompt + ids])).logits[0].argmax(dim=-1)[len(prompt) - 1 : -1].tolist()
+    if weights == "stored":
+        model = tinyllama.load_model(smollm2_folder, device="cpu", dtype="float32", weights="stored")
+    batch = tinyllama.generate(model, prompts, max_new_tokens=8, eos_ids=())
+    (alone,) = tinyllama.generate(model, prompts[:1], max_new_tokens=24, eos_ids=())
+    assert alone[:8] == batch[0]
+    for prompt, ids in zip([*prompts, prompts[0]], [*batch, alone], strict=True):
+        # What transformers prefers after each beginning: if that is the text, the text is its greedy one.
+        preferred = reference(torch.tensor([prompt + ids])).logits[0].argmax(dim=-1)
+        assert ids == preferred[len(prompt) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_sampled_ids_equal_transformers(loaded, reference, prompts, settings):
-    model, tokenizer = loaded
+    model, _ = loaded
     model.set_attention(tinyllama.sdpa)
     prompt = prompts[2]
-    for seed in range(4):  # `make parity` tries twenty, and so does test_generation.py on a small model
-        # The second id is the first from the cache; what else a long text brings, one seed shows.
-        count = 2 if seed else 12
-        (ours,) = tinyllama.generate(model, [prompt], max_new_tokens=count, eos_ids=(), seed=seed, **settings)
-        assert [ours] == reference_ids(reference, [prompt], count, seed, **settings), seed
-        assert tokenizer.decode(ours)
+    # One seed; `make parity` tries twenty, and test_generation.py twenty on a small model.
+    ours = tinyllama.generate(model, [prompt], max_new_tokens=5, eos_ids=(), seed=3, **settings)
+    assert ours == reference_ids(reference, [prompt], 5, 3, **settings)
 
 
 def test_it_answers_in_a_chat_and_stops_by_itself(loaded):

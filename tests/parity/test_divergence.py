@@ -12,21 +12,21 @@ from tinyllama.attention import eager
 from tinyllama.kernels import KERNELS
 from tinyllama.parity import bisect, oracle_logits
 from tinyllama.parity.comparison import REFERENCES, kernel_run, reference_run
-from tinyllama.parity.mutations import MUTATIONS
-from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.mutations import MUTATIONS, changed
+from tinyllama.parity.reference import config_fields
 from tinyllama.parity.scene import Scene, relative_error
 from tinyllama.parity.suspects import formulas, suspect
-from tinyllama.parity.trace import operations, our_trace, reference_trace, stages
+from tinyllama.parity.trace import operations, our_trace, stages
+from tinyllama.rope import rotate
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "one_thread")
 
 T = 48
 IDS = some_ids(1, T)[0].tolist()
 
 
-def search(run, right, truth=None):
-    references = [reference_run(right, name) for name in REFERENCES]
-    return bisect(run, right, IDS, references, truth)
+def search(run, right):
+    return bisect(run, right, IDS, [reference_run(right, name) for name in REFERENCES])
 
 
 def search_model(wrong, **changes):
@@ -34,10 +34,9 @@ def search_model(wrong, **changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attention", sorted(KERNELS))
-def test_the_right_model_diverges_nowhere(dtype, attention):
+def test_the_right_model_diverges_nowhere(dtype):
     model = tiny_model(dtype=dtype)
-    assert search(kernel_run(model, KERNELS[attention]), model) is None
+    assert all(search(kernel_run(model, kernel), model) is None for kernel in KERNELS.values())
 
 
 def test_every_value_inside_is_the_very_float_of_transformers():
@@ -72,162 +71,135 @@ def test_watching_leaves_no_hook_behind():
 # --- bugs planted in the model, beyond the sixteen -------------------------------------------------------
 
 
-def permuted(weight):
-    """A q or k projection whose rows stand as in Meta's files: pairs next to each other."""
-    C = weight.shape[1]
-    return weight.view(-1, 2, 4, C).transpose(1, 2).reshape(-1, C).clone()
+def as_meta(weight):
+    """The rows of a q or k projection in the order of Meta's files: pairs next to each other."""
+    return weight.view(-1, 2, 4, 64).transpose(1, 2).reshape(-1, 64).clone()
 
 
-def permuted_rows(model, monkeypatch):
-    projection = model.layers[2].self_attn.k_proj
-    projection.weight.copy_(permuted(projection.weight))
+def by_kernel(kernel, layer=None):
+    """Plant a kernel, in one layer or all."""
+    return lambda model: model.set_attention(kernel, layers=None if layer is None else [layer])
 
 
-def permuted_twice(model, monkeypatch):
-    projection = model.layers[2].self_attn.k_proj
-    weight = projection.weight
-    projection.weight.copy_(weight.view(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64).clone())
+def by_weight(path, wrong):
+    """Plant a weight, made from the model and the right one."""
+
+    def plant(model):
+        weight = model.get_parameter(f"{path}.weight")
+        weight.copy_(wrong(model, weight).clone())
+
+    return plant
 
 
-def k_and_v_swapped(model, monkeypatch):
+def by_output(path, wrong):
+    """Plant an output, made from the module, its input and the right output."""
+    return lambda model: model.get_submodule(path).register_forward_hook(
+        lambda module, args, output: wrong(module, args[0], output)
+    )
+
+
+def k_and_v_swapped(model):
     attention = model.layers[1].self_attn
     attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
 
 
-def another_layer(model, monkeypatch):
-    model.layers[1].mlp.down_proj.weight.copy_(model.layers[2].mlp.down_proj.weight)
+def window(q, k, v, context):
+    seen = context.mask
+    near = seen.key_positions[:, None, None, :] > seen.query_positions[:, None, :, None] - 8
+    return eager(q, k, v, context.where(near))
 
 
-def transposed(model, monkeypatch):
-    weight = model.layers[3].self_attn.o_proj.weight
-    weight.copy_(weight.T.clone())
+def no_mask(q, k, v, context):
+    everything = replace(context.mask, mask=torch.ones_like(context.mask.allowed), causal=False)
+    return eager(q, k, v, replace(context, allowed=everything))
 
 
-def no_rope(model, monkeypatch):
-    monkeypatch.setattr(tinyllama.attention, "rotate", lambda x, cos, sin: x)
+def other_scale(q, k, v, context):
+    return eager(q, k, v, replace(context, scale=0.3))
 
 
-def turned_back(model, monkeypatch):
-    rotate = tinyllama.attention.rotate
-    monkeypatch.setattr(tinyllama.attention, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+def fused_and_tiled(q, k, v, context):
+    k, v = k.repeat(1, 4, 1, 1), v.repeat(1, 4, 1, 1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def window(model, monkeypatch):
-    def kernel(q, k, v, context):
-        seen = context.mask
-        near = seen.key_positions[:, None, None, :] > seen.query_positions[:, None, :, None] - 8
-        return eager(q, k, v, context.where(near))
-
-    model.set_attention(kernel, layers=[1])
+def bfloat16_pattern(q, k, v, context):
+    low = replace(context, pattern=lambda pattern: context.pattern(pattern.bfloat16().float()))
+    return eager(q, k, v, low)
 
 
-def no_mask(model, monkeypatch):
-    def kernel(q, k, v, context):
-        everything = replace(context.mask, mask=torch.ones_like(context.mask.allowed), causal=False)
-        return eager(q, k, v, replace(context, allowed=everything))
-
-    model.set_attention(kernel)
-
-
-def other_scale(model, monkeypatch):
-    model.set_attention(lambda q, k, v, context: eager(q, k, v, replace(context, scale=0.3)), layers=[2])
-
-
-def fused_and_tiled(model, monkeypatch):
-    def kernel(q, k, v, context):
-        k, v = k.repeat(1, 4, 1, 1), v.repeat(1, 4, 1, 1)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    model.set_attention(kernel)
-
-
-def bfloat16_pattern(model, monkeypatch):
-    def kernel(q, k, v, context):
-        low = replace(context, pattern=lambda pattern: context.pattern(pattern.bfloat16().float()))
-        return eager(q, k, v, low)
-
-    model.set_attention(kernel, layers=[0])
-
-
-def scaled_embedding(model, monkeypatch):
-    model.embed_tokens.weight.mul_(8.0)
-
-
-def no_residual(model, monkeypatch):
-    model.layers[1].register_forward_hook(lambda block, args, output: output - args[0])
-
-
-def rounded_norm(model, monkeypatch):
-    model.layers[2].post_attention_layernorm.register_forward_hook(
-        lambda norm, args, output: norm.weight.bfloat16().mul(low_norm(args[0], norm.eps)).float()
-    )
-
-
-def low_norm(x, eps):
+def bfloat16_norm(norm, x, _output):
     low = x.bfloat16()
-    return low * torch.rsqrt(low.square().mean(-1, keepdim=True) + eps)
+    low = low * torch.rsqrt(low.square().mean(-1, keepdim=True) + norm.eps)
+    return (norm.weight.bfloat16() * low).float()
 
 
-PLANTED = {
-    permuted_rows: ("layers.2.self_attn.k_proj", "pair order of Meta's"),
-    permuted_twice: ("layers.2.self_attn.k_proj", "put into Hugging Face's pair order twice"),
-    k_and_v_swapped: ("layers.1.self_attn.k_proj", "k and v are swapped"),
-    another_layer: ("layers.1.mlp.down_proj", "the weight of layers.2.mlp.down_proj is used"),
-    transposed: ("layers.3.self_attn.o_proj", "the weight is transposed"),
-    no_rope: ("layers.0.self_attn.q_rot", "RoPE is not applied"),
-    turned_back: ("layers.0.self_attn.q_rot", "RoPE turns the other way"),
-    window: ("layers.1.self_attn.scores", "a token sees at most itself and the 7 before it"),
-    no_mask: ("layers.0.self_attn.scores", "nothing is masked"),
-    other_scale: ("layers.2.self_attn.scores", "scores are scaled by 0.3, not by 1/sqrt(head_dim)"),
-    fused_and_tiled: ("layers.0.self_attn.z", "KV heads are tiled"),
-    bfloat16_pattern: ("layers.0.self_attn.pattern", "the pattern is rounded to bfloat16"),
-    scaled_embedding: ("embed_tokens", "embeddings are scaled by sqrt(hidden_size)"),
-    no_residual: ("layers.1", "the layer's input is left out of its output"),
-    rounded_norm: ("layers.2.post_attention_layernorm", "the norm is computed in bfloat16"),
-}
+def permuted_twice(_model, weight):
+    return weight.view(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64)
 
 
-@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_bug_in_one_place_is_found_there(plant, monkeypatch):
+def other_layer_s(model, _weight):
+    return model.layers[2].mlp.down_proj.weight
+
+
+Q_ROT, K_PROJ = "layers.0.self_attn.q_rot", "layers.2.self_attn.k_proj"
+UP, DOWN, O_PROJ = "layers.1.mlp.up_proj", "layers.1.mlp.down_proj", "layers.3.self_attn.o_proj"
+NORM, EMBEDDING = "layers.2.post_attention_layernorm", "embed_tokens"
+PLANTED = [
+    (by_weight(K_PROJ, lambda _, w: as_meta(w)), K_PROJ, "pair order of Meta's"),
+    (by_weight(K_PROJ, permuted_twice), K_PROJ, "put into Hugging Face's pair order twice"),
+    (by_weight(DOWN, other_layer_s), DOWN, "the weight of layers.2.mlp.down_proj is used"),
+    (by_weight(O_PROJ, lambda _, w: w.T), O_PROJ, "the weight is transposed"),
+    (by_weight(UP, lambda _, w: w + 0.01 * torch.randn(176, 64)), UP, "none that is known"),
+    (by_weight(EMBEDDING, lambda _, w: 8 * w), EMBEDDING, "embeddings are scaled by sqrt(hidden_size)"),
+    (k_and_v_swapped, "layers.1.self_attn.k_proj", "k and v are swapped"),
+    (by_output("layers.1", lambda _, x, out: out - x), "layers.1", "the layer's input is left out"),
+    (by_output(NORM, bfloat16_norm), NORM, "the norm is computed in bfloat16"),
+    (by_kernel(window, 1), "layers.1.self_attn.scores", "a token sees at most itself and the 7 before it"),
+    (by_kernel(no_mask), "layers.0.self_attn.scores", "nothing is masked"),
+    (by_kernel(other_scale, 2), "layers.2.self_attn.scores", "scores are scaled by 0.3, not by"),
+    (by_kernel(fused_and_tiled), "layers.0.self_attn.z", "KV heads are tiled"),
+    (by_kernel(bfloat16_pattern, 0), "layers.0.self_attn.pattern", "the pattern is rounded to bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("plant", "address", "why"), PLANTED, ids=[why for *_, why in PLANTED])
+def test_a_bug_in_one_place_is_found_there(plant, address, why):
     model = tiny_model()
-    plant(model, monkeypatch)
+    plant(model)
     found = search_model(model)
-    address, why = PLANTED[plant]
     assert found.address == address
-    assert why in found.suspect
+    assert why in str(found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda x, cos, sin: x, "RoPE is not applied"),
+        (lambda x, cos, sin: rotate(x, cos, -sin), "RoPE turns the other way"),
+    ],
+)
+def test_a_wrong_rotation_is_found(wrong, why):
+    with changed((tinyllama.attention, "rotate", wrong)):
+        found = search_model(tiny_model())
+    assert (found.address, found.suspect) == (Q_ROT, why)
 
 
 def test_rope_scaling_that_is_left_out_is_named():
-    wrong = tiny_model()
-    found = search_model(wrong, rope_scaling=LLAMA3_SCALING)
-    assert found.address == "layers.0.self_attn.q_rot"
-    assert found.suspect == "RoPE scaling is left out"
-
-
-def test_a_weight_that_no_mistake_explains_has_no_suspect():
-    model = tiny_model()
-    model.layers[1].mlp.up_proj.weight.add_(0.01 * torch.randn(176, 64))
-    found = search_model(model)
-    assert found.address == "layers.1.mlp.up_proj"
-    assert found.suspect is None
-    assert "suspect: none that is known" in str(found)
+    found = search_model(tiny_model(), rope_scaling=LLAMA3_SCALING)
+    assert (found.address, found.suspect) == (Q_ROT, "RoPE scaling is left out")
 
 
 def test_what_is_found_comes_with_its_numbers():
     model = tiny_model()
-    model.layers[1].mlp.up_proj.register_forward_hook(
-        lambda m, a, out: out.index_fill(2, torch.tensor(5), 9.0)
-    )
+    by_output(UP, lambda _, x, out: out.index_fill(2, torch.tensor(5), 9.0))(model)
     found = search_model(model)
-    assert found.address == "layers.1.mlp.up_proj"
-    assert found.shape == (T, 176)
-    assert found.place[1] == 5
-    assert found.got == 9.0
+    assert (found.address, found.shape, found.place[1], found.got) == (UP, (T, 176), 5, 9.0)
     assert abs(found.expected - found.theirs) < 1e-5
-    assert found.reference < found.limit < found.error
-    assert [step.address for step in found.path][-1] == found.address
-    assert all(step.error <= step.limit for step in found.path if step.address.startswith("layers.0"))
-    assert "layers.1.mlp.up_proj, shape (48, 176)" in str(found)
+    assert found.reference < found.limit < found.relative
+    assert found.path[-1].address == UP
+    assert all(step.relative <= step.limit for step in found.path if step.address.startswith("layers.0"))
+    assert f"{UP}, shape (48, 176)" in str(found)
 
 
 def test_nan_and_another_shape_are_divergences():
@@ -258,18 +230,6 @@ def test_a_reader_may_give_only_some_values():
         found = search(run, right)
     assert found.address == "layers.0.self_attn.q_rot"
     assert found.suspect == interleaved.suspect
-
-
-def test_two_kernels_are_compared_by_the_float64_run_of_one():
-    model = tiny_model()
-
-    def capped(q, k, v, context):
-        return eager(q, k, v, replace(context, scores=lambda s: context.scores(30 * torch.tanh(s / 30))))
-
-    truth = kernel_run(tiny_model(dtype=torch.float64), eager)
-    assert search(kernel_run(model, eager), model, truth) is None
-    found = search(kernel_run(model, capped), model, truth)
-    assert found.address == "layers.0.self_attn.scores"
 
 
 # --- every suspect ---------------------------------------------------------------------------------------
@@ -305,16 +265,10 @@ def test_every_suspect_is_named_where_it_is_the_truth(scaled):
 def test_a_suspect_is_never_named_for_rounding():
     model = tiny_model()
     config, weights = config_fields(model.config), model.state_dict()
-    addresses = ["layers.1", *operations(2)]
-    trace = reference_trace_of(model, addresses)
+    trace = reference_run(model, "eager")(IDS, ["layers.1", *operations(2)])
+    seen = {address: value.double() for address, value in trace.items() if address != "layers.1"}
+    seen["input"] = trace["layers.1"].double()
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    seen["layers.2.self_attn.scores"].masked_fill_(future, -math.inf)
     for address in operations(2):
-        seen = {other: value.double() for other, value in trace.items() if other != "layers.1"}
-        seen["input"] = trace["layers.1"].double()
-        seen["layers.2.self_attn.scores"] = seen["layers.2.self_attn.scores"].masked_fill(
-            ~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf
-        )
         assert suspect(Scene(address, seen, config, weights, IDS)) is None, address
-
-
-def reference_trace_of(model, addresses):
-    return reference_trace(reference_model(model, "eager"), IDS, addresses)

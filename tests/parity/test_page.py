@@ -1,14 +1,16 @@
-"""The HTML report: what it says equals the figures, and what a browser makes of it."""
+"""The HTML report: it says what the report holds, and a browser can show it."""
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import re
+from dataclasses import fields, is_dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pages import (
     HOSTILE,
@@ -21,240 +23,166 @@ from tests.pages import (
     running_browser,
     value_at,
 )
-from tinyllama.parity.charts import NOT_DRAWN, Chart, layer_chart, position_charts
+from tests.parity.test_suite import Subject, Trained
+from tinyllama.attention import eager
+from tinyllama.kernels import KERNELS
+from tinyllama.pages import plain
+from tinyllama.parity.charts import ZERO_NOTE, Chart, layer_chart, position_charts
+from tinyllama.parity.continuations import IdFlip
+from tinyllama.parity.mutations import MUTATIONS, Mutation, changed
+from tinyllama.parity.notebook import Notebook
 from tinyllama.parity.page import formatted, page
-from tinyllama.parity.report import SECTIONS, concluded
+from tinyllama.parity.report import Case, Report
+from tinyllama.parity.subjects import Extent
+from tinyllama.parity.suite import Suite
 from tinyllama.progress import escape
 
-LAYERS = 30
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def a_row(who: str, error: float, reference: bool = False, **other: Any) -> dict[str, Any]:
-    layers = [0.0, *(error * (1 + layer / LAYERS) / 2 for layer in range(LAYERS)), error, error]
-    row = {
-        "who": who,
-        "reference": reference,
-        **{name: error * factor for name, factor in (("relative", 1), ("rms", 9), ("mean", 7), ("max", 80))},
-        **{name: error * 1e-4 * factor for name, factor in (("kl_mean", 1), ("kl_p99", 4), ("kl_max", 30))},
-        "top1": 1.0,
-        "nll_change": -error / 3,
-        "flips": [],
-        "same_bits": None if reference else True,
-        "by_layer": layers,
-        "by_position": {"english": [error * (1 + n / 20) for n in range(40)], "note.txt": [error]},
-        "failures": [],
-    }
-    return row | other
+def nan(q, k, v, context):
+    return eager(q, k, v * torch.nan, context)
 
 
-def a_case(dtype: str, limit: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "model": "some-llama",
-        "dtype": dtype,
-        "positions": 1297,
-        "texts": {"english": 1280, "note.txt": 17},
-        "bin": 32,
-        "note": "Something was not judged.",
-        "limits": {"relative": limit, "kl_mean": None, "kl_max": 1e-9, "flip_margin": 6.3e-5}
-        | {"top1": None, "nll_change": None},
-        "rows": rows,
-    }
+def louder(q, k, v, context):
+    return eager(q, k, 1.5 * v, context)
 
 
-def a_rounding() -> dict[str, Any]:
-    """8-bit weights against the full ones: no reference, and limits of its own."""
-    case = a_case("float32", 0.0, [a_row("tinyllama int8", 0.02, same_bits=None)])
-    limits = {"relative": None, "kl_mean": 0.01, "kl_max": None, "flip_margin": None}
-    return case | {"limits": limits | {"top1": 0.95, "nll_change": 0.00995}}
-
-
-def a_flip(position: int, margin: float | None) -> dict[str, Any]:
-    return {"text": "english", "position": position, "expected": 49151, "chosen": 28, "margin": margin}
-
-
-def references(error: float) -> list[dict[str, Any]]:
-    return [a_row("transformers eager", error, True), a_row("transformers sdpa", error * 0.8, True)]
-
-
-def a_search(**found: Any) -> dict[str, Any]:
-    step = {"address": "layers.0.self_attn.q_rot", "relative": 0.31, "reference": 2e-3, "limit": 4e-3}
-    place = {
-        **step,
-        "shape": [64, 9, 64],
-        "place": [63, 8, 1],
-        "got": -1.23456789,
-        "expected": 0.5,
-        "theirs": 0.501,
-        "suspect": "theta is 500000, not 10000",
-        "path": [step | {"address": f"layers.{layer}", "relative": 1e-3} for layer in range(9)] + [step],
-    }
-    return {
-        "model": "some-llama",
-        "dtype": "bfloat16",
-        "who": "tinyllama sdpa",
-        "text": "english, first 128 tokens",
-        "found": place | found,
-    }
-
-
-def mutations() -> list[dict[str, Any]]:
-    names = ("name", "harmless", "score", "passed", "address", "suspect", "right")
-    return [
-        dict(zip(names, values, strict=True))
-        for values in (
-            ("eps 0", False, 890048.57, False, "layers.0.input_layernorm", "eps is 0, not 1e-05", True),
-            ("positions + 1", True, 1.0128, True, None, None, True),
-            ("gate and up swapped", False, None, True, None, None, False),
-        )
-    ]
-
-
-def some_figures() -> dict[str, Any]:
-    """A case that passes, one that fails, and something in every section."""
-    broken = a_row("tinyllama sdpa", 0.5, same_bits=False, relative=None, kl_max=None, top1=0.25)
-    broken["by_layer"] = broken["by_layer"][:9] + [None] * (LAYERS - 6)
-    broken["flips"] = [a_flip(position, None if position == 3 else position / 7) for position in range(40)]
-    broken["failures"] = ["a logit is not finite", "relRMS nan is over 1.5 R = 3.12e-02"]
-    near = a_row("tinyllama eager", 0.021, flips=[a_flip(5, 0.047)])
-    parted = {"settings": {"temperature": 0.7, "seed": 3}, "prompt": 1, "step": 7, "expected": 5, "chosen": 9}
-    part = {"model": "some-llama", "dtype": "float32", "failures": []}
-    worst = {"weight": "norm.weight", "relative": 3e-6, "reference": 2e-6, "limit": 4e-6}
-    return concluded(
-        {
-            "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "torch": "2.13.0"},
-            "cases": [
-                a_case("float32", 2e-6, [*references(1e-6), a_row("tinyllama eager", 1.1e-6)]),
-                a_case("bfloat16", 0.03, [*references(0.02), near, broken]),
-                a_rounding(),
-            ],
-            "continuations": [
-                part | {"what": "greedy", "calls": 10, "ids": 2000, "flips": []},
-                part
-                | {"what": "sampled", "calls": 1, "ids": 20}
-                | {"flips": [parted | {"margin": 1e-6, "limit": 6e-5, "near_tie": True}]},
-            ],
-            "gradients": [part | {"positions": 64, "weights": 39, "same_bits": 38, "worst": worst}],
-            "notebook": [part],
-            "mutations": mutations(),
-            "searches": [
-                a_search(),
-                a_search(relative=None, shape=[], place=[], suspect=None),
-                a_search() | {"found": None},
-            ],
-        }
+@pytest.fixture(scope="module")
+def results() -> Report:
+    """A suite's report on tiny models, with what passes, what fails, and something in every section."""
+    suite, none = Suite(), Mutation("none", lambda model: changed())
+    extent = Extent(("float64", "float32"), 0, prompts=1, greedy_ids=1, seeds=1, sampled_ids=1)
+    suite.judge(Trained(intermediate_size=192), KERNELS, extent)
+    suite.judge(
+        Subject(), {"eager": eager, "nan": nan, "louder": louder}, replace(extent, dtypes=("bfloat16",))
     )
+    suite.judge_fixture([MUTATIONS[0], none, replace(none, address="norm")])
+    report = suite.report
+    report.machine = {"cpu": "a processor", "cores": 2, "gpu": None}
+    report.notebook.append(Notebook("tiny", "float32", []))
+    flip = IdFlip({"temperature": 0.7, "seed": 3}, 1, 7, 5, 9, margin=1e-6, limit=6e-5)
+    report.continuations[0] = replace(report.continuations[0], flips=[flip])
+    last = report.searches[-1]
+    assert last.found is not None
+    skipped = replace(last.found, shape=(), place=(), suspect=None)
+    report.searches += [replace(last, found=None), replace(last, found=skipped)]
+    return report
 
 
-def nothing() -> dict[str, Any]:
-    return concluded({"machine": {"cpu": "a processor"}, **{name: [] for name in SECTIONS}})
+@pytest.fixture(scope="module")
+def float32(results) -> Case:
+    return results.cases[1]
 
 
-def test_every_figure_is_shown_as_it_is():
-    figures = some_figures()
-    read = Read(page(figures))
+@pytest.fixture(scope="module")
+def rounding(results) -> Case:
+    """8-bit weights against the full ones: no reference, and limits of their own."""
+    return results.cases[3]
+
+
+@pytest.fixture(scope="module")
+def read(results) -> Read:
+    return Read(page(results))
+
+
+def test_every_figure_is_shown_as_it_is(results, read):
+    whole = plain(results)
     for key, (exact, text) in read.shown.items():
-        value = value_at(figures, key)
-        assert json.loads(exact) == value
-        assert text == escape(formatted(key, value)), key
+        assert json.loads(exact) == value_at(whole, key)
+        assert text == escape(formatted(key, value_at(results, key))), key
 
 
-def test_no_figure_is_missing():
-    """But for those that are drawn, told in words, or the references' own flips."""
-    figures = some_figures()
-    shown = Read(page(figures)).shown
-    told = r"passed|.*\.(bin|reference|harmless|dtype|model)|cases\.\d\.texts\..*|.*\.by_position\..*"
-    told += r"|.*\.settings\..*|.*\.(shape|place)\.\d|.*\.rows\.\d\.failures\..*|searches\.1\..*|.*\.found"
-    missing = [key for key in leaves(figures) if key not in shown and not re.fullmatch(told, key)]
-    assert missing == []
+def test_no_figure_is_missing(results, read):
+    """Except what is drawn or said in words, the references' flips, and all gradients but the worst."""
+    said = r"passed|.*\.(reference|harmless|dtype|model|near_tie|note|found|suspect)|cases\.\d\.texts\..*"
+    said += r"|.*\.(by_position|settings)\..*|.*\.(shape|place)\.\d|.*failures\..*"
+    said += rf"|cases\.\d\.rows\.[01]\.flips.*|searches\.{len(results.searches) - 1}\..*"
+    said += r"|gradients\.\d\.(rows|worst\.(passed|same_bits)).*"
+    missing = [key for key in leaves(plain(results)) if key not in read.shown]
+    assert [key for key in missing if not re.fullmatch(said, key)] == []
 
 
-def test_text_from_outside_is_only_text():
+def test_text_from_outside_is_only_text(results, read):
     def spoilt(value: Any, key: str = "") -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            named = {field.name: getattr(value, field.name) for field in fields(value)}
+            return replace(value, **{name: spoilt(part, name) for name, part in named.items()})
         if isinstance(value, dict):
-            # The page's own words name the figures; only texts have names from outside.
-            named = key in ("texts", "by_position", "settings")
-            return {name + HOSTILE * named: spoilt(part, name) for name, part in value.items()}
-        if isinstance(value, list):
-            return [spoilt(part) for part in value]
-        return value + HOSTILE if isinstance(value, str) else value
+            # The page's own words name the machine's figures; the others have names from outside.
+            return {name + HOSTILE * (key != "machine"): spoilt(part, name) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [spoilt(part, key) for part in value]
+        return value + HOSTILE if isinstance(value, str) and value and key != "dtype" else value
 
-    source = page(spoilt(some_figures()))
-    plain, read = Read(page(some_figures())), Read(source)
-    assert read.tags == plain.tags
+    source = page(spoilt(results))
+    bad = Read(source)
+    assert bad.tags == read.tags
     assert not {"\u202e", "\x07"} & set(source)
-    assert read.text.count("<script>alert(1)</script>\"'</style>&\\u202e\\x07{{ 7 * 7 }}") > 40
+    assert bad.text.count("<script>alert(1)</script>\"'</style>&\\u202e\\x07{{ 7 * 7 }}") > 40
+    nothing_but_the_one_style_is_allowed(source)
 
 
-def test_nothing_but_the_one_style_is_allowed():
-    nothing_but_the_one_style_is_allowed(page(some_figures()))
-
-
-def test_a_failing_report_begins_with_its_failures():
-    figures = some_figures()
-    text = Read(page(figures)).text
-    places = [text.index(line) for line in ("parity: FAILED", *figures["failures"], "Summary")]
-    assert len(figures["failures"]) == 3
+def test_a_failing_report_begins_with_its_failures(results, read):
+    places = [read.text.index(line) for line in ("parity: FAILED", *results.failures, "Summary")]
+    assert len(results.failures) > 5
     assert places == sorted(places)
 
 
-def test_sections_without_figures_are_left_out():
-    read = Read(page(nothing()))
-    assert "parity: passed" in read.text
-    assert "Nothing was judged" in read.text
-    assert [value for name, value in read.attributes if name == "id"] == ["summary", "terms", "machine"]
-    ids = [value for name, value in Read(page(some_figures())).attributes if name == "id"]
-    assert ids == [
-        *("summary", "terms", "case-0", "case-1", "case-2", "ids", "gradients", "mutations", "searches"),
+def test_sections_without_results_are_left_out(read):
+    empty = Read(page(Report()))
+    assert "parity: passed" in empty.text
+    assert [value for name, value in empty.attributes if name == "id"] == ["summary", "terms", "machine"]
+    assert [value for name, value in read.attributes if name == "id"] == [
+        *(
+            "summary",
+            "terms",
+            "case-0",
+            "case-1",
+            "case-2",
+            "case-3",
+            "case-4",
+            "ids",
+            "gradients",
+            "mutations",
+            "searches",
+        ),
         *("notebook", "machine"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("key", "text"),
+    ("key", "value", "text"),
     [
-        ("cases.1.rows.3.relative", "not finite"),
-        ("cases.1.rows.3.same_bits", "others"),
-        ("cases.0.rows.0.same_bits", ""),
-        ("cases.0.limits.kl_mean", "none"),
-        ("cases.0.rows.2.relative", "1.10e-06"),
-        ("cases.0.limits.top1", "none"),
-        ("cases.2.limits.top1", "95.00%"),
-        ("cases.2.limits.nll_change", "+1.0e-02"),
-        ("cases.2.limits.relative", "none"),
-        ("cases.2.note", "Something was not judged."),
-        ("cases.0.rows.2.top1", "100.00%"),
-        ("cases.0.positions", "1,297"),
-        ("cases.1.rows.3.flips.3.margin", "not finite"),
-        ("cases.1.rows.2.flips.0.expected", "49151"),
-        ("machine.gpu", "none"),
-        ("mutations.0.score", "890,049"),
-        ("mutations.1.score", "1.01"),
-        ("mutations.2.right", "NO"),
-        ("searches.0.found.got", "-1.23456789"),
-        ("continuations.1.flips.0.settings", "temperature 0.7, seed 3"),
+        ("cases.1.rows.3.relative", math.nan, "not finite"),
+        ("cases.1.rows.3.same_bits", False, "differ"),
+        ("cases.0.rows.0.same_bits", None, ""),
+        ("cases.0.limits.kl_mean", math.inf, "none"),
+        ("cases.0.limits.top1", -math.inf, "none"),
+        ("cases.0.limits.top1", 0.95, "95.00%"),
+        ("cases.0.limits.nll_change", 0.00995, "+1.0e-02"),
+        ("cases.0.rows.2.relative", 1.1e-6, "1.10e-06"),
+        ("cases.0.positions", 1297, "1,297"),
+        ("cases.1.rows.2.flips.0.expected", 49151, "49151"),
+        ("machine.gpu", None, "none"),
+        ("mutations.0.score", 890048.57, "890,049"),
+        ("mutations.1.score", 1.0128, "1.01"),
+        ("mutations.2.right", False, "NO"),
+        ("searches.0.found.got", -1.23456789, "-1.23456789"),
+        ("continuations.1.flips.0.settings", {"temperature": 0.7, "seed": 3}, "temperature 0.7, seed 3"),
     ],
 )
-def test_how_a_figure_is_written(key, text):
-    assert Read(page(some_figures())).shown[key][1] == text
+def test_how_a_figure_is_written(key, value, text):
+    assert formatted(key, value) == text
 
 
-def test_float64_says_why_the_references_are_worse():
-    note = "transformers computes its norms"
-    float64 = a_case("float64", 1e-12, [*references(1e-7), a_row("tinyllama eager", 1e-15)])
-    assert note in Read(page(nothing() | {"cases": [float64]})).text
-    assert note not in Read(page(some_figures())).text
+def test_notes_stand_only_where_they_apply(results, float32):
+    def notes(case: Case, note: str = "") -> int:
+        return page(Report(cases=[replace(case, note=note)])).count('class="note"')
 
-
-def test_a_note_has_its_line_and_none_has_none():
-    case = a_case("float32", 1e-5, [])
-    assert 'class="note"' in page(nothing() | {"cases": [case]})
-    assert 'class="note"' not in page(nothing() | {"cases": [case | {"note": ""}]})
-
-
-def test_without_a_reference_a_chart_has_no_limit_and_no_band():
-    chart = layer_chart(a_rounding())
-    assert chart is not None
-    assert ([curve.name for curve in chart.curves], chart.band_name) == (["tinyllama int8"], "")
+    assert (notes(float32), notes(float32, "Something was not judged.")) == (0, 1)
+    # In float64 transformers itself is over the limit, which the page explains.
+    assert notes(results.cases[0]) == 1
 
 
 def points(chart: Chart, style: str) -> list[tuple[float, float]]:
@@ -263,41 +191,43 @@ def points(chart: Chart, style: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in pairs]
 
 
-def test_the_limit_is_drawn_in_units_of_the_references_error():
-    chart = layer_chart(some_figures()["cases"][0])
+def test_the_limit_is_drawn_in_units_of_the_references_error(float32):
+    chart = layer_chart(float32)
     assert chart is not None
     assert chart.curves[0].name == "limit: 2 R"
     band = [float(point.split(",")[1]) for point in chart.band[0].split()]
     ours, limit = points(chart, "series-0"), points(chart, "limit")
-    # The embedding's error is zero, which is left out.
-    assert len(ours) == len(limit) == LAYERS + 2
-    assert chart.notes == (NOT_DRAWN[0.0],)
+    # The embedding's error is zero, which a log axis has no place for.
+    assert len(ours) == len(limit) == 6
+    assert chart.notes == (ZERO_NOTE,)
     assert all(top < mine for (_, top), (_, mine) in zip(limit, ours, strict=True))
     assert min(band) > min(y for _, y in limit)
 
 
-def test_a_curve_of_another_length_is_not_drawn():
-    case = copy.deepcopy(some_figures()["cases"][0])
-    del case["rows"][2]["by_layer"][7]
+def test_what_cannot_be_compared_is_not_drawn(float32, rounding):
+    chart = layer_chart(rounding)
+    assert chart is not None
+    assert (len(chart.curves), chart.band_name) == (1, "")
+    *theirs, ours, _, _ = float32.rows
+    lacking = replace(ours, by_layer=ours.by_layer[1:])
+    case = replace(float32, rows=[*theirs, lacking])
     chart = layer_chart(case)
     assert chart is not None
     assert [curve.style for curve in chart.curves] == ["limit"]
-    assert "Error by layer in numbers" not in page(nothing() | {"cases": [case]})
+    assert "Error by layer in numbers" not in page(Report(cases=[case]))
+    nothing = replace(ours, relative=math.nan, by_layer=[], by_position={})
+    assert "<svg" not in page(Report(cases=[replace(float32, rows=[nothing])]))
 
 
 @pytest.mark.parametrize("error", [0.0, 5e-324, 1e-7, 1.0, 1e306])
-def test_curves_of_any_size(error):
-    case = a_case("float32", 1e-5, [a_row("tinyllama", error)])
-    drawn = [layer_chart(case), *position_charts(case)]
-    for chart in [chart for chart in drawn if chart]:
+def test_curves_of_any_size(rounding, error):
+    row = rounding.rows[0]
+    row = replace(row, by_layer=[error] * 33, by_position={text: [error] for text in row.by_position})
+    case = replace(rounding, rows=[row])
+    for chart in filter(None, [layer_chart(case), *position_charts(case)]):
         assert len(chart.ys) >= 2
         assert all(0 <= y <= 276 for curve in chart.curves for _, y in points(chart, curve.style))
-    assert page(nothing() | {"cases": [case]})
-
-
-def test_a_case_without_a_curve():
-    rows = [a_row("tinyllama", 1.0, relative=None, by_layer=[], by_position={})]
-    assert "<svg" not in page(nothing() | {"cases": [a_case("float32", 1e-5, rows)]})
+    assert page(Report(cases=[case]))
 
 
 @pytest.fixture(scope="module")
@@ -306,24 +236,10 @@ def browser():
         yield running
 
 
-def test_the_browser_has_the_figures(browser, tmp_path):
-    figures = some_figures()
-    with opened(browser, tmp_path, page(figures)) as tab:
-        cells = tab.evaluate(
-            "[...document.querySelectorAll('[data-key]')]"
-            ".map(cell => [cell.dataset.key, cell.dataset.value, cell.textContent])"
-        )
-    assert len(cells) > 300
-    for key, exact, text in cells:
-        assert json.loads(exact) == value_at(figures, key)
-        assert text == escape(formatted(key, value_at(figures, key)))
-
-
 @pytest.mark.parametrize("width", [360, 768, 1200])
-def test_the_page_never_scrolls_sideways(browser, tmp_path, width):
-    figures = some_figures()
-    figures["failures"].append("some-llama: " + "a-long-name-without-a-space-" * 9)
-    with opened(browser, tmp_path, page(figures), width, 740) as tab:
+def test_the_page_never_scrolls_sideways(browser, tmp_path, results, width):
+    long = Notebook("some-llama", "float32", ["a-long-name-without-a-space-" * 9])
+    with opened(browser, tmp_path, page(replace(results, notebook=[long])), width, 740) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         boxes = tab.evaluate(
             "[...document.querySelectorAll('.scroll')].map(box => box.getBoundingClientRect().right)"
@@ -331,8 +247,8 @@ def test_the_page_never_scrolls_sideways(browser, tmp_path, width):
     assert max(boxes) <= width
 
 
-def test_charts_are_drawn(browser, tmp_path):
-    with opened(browser, tmp_path, page(some_figures()), 360, 740) as tab:
+def test_charts_are_drawn(browser, tmp_path, results):
+    with opened(browser, tmp_path, page(results), 360, 740) as tab:
         sizes = tab.evaluate(
             "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
             ".map(box => Math.min(box.width, box.height))"
@@ -353,5 +269,5 @@ def test_charts_are_drawn(browser, tmp_path):
         assert not any(overlap(*pair) for pair in combinations(chart, 2))
 
 
-def test_every_text_can_be_read_in_light_and_in_dark(browser, tmp_path):
-    read_in_both_schemes(browser, tmp_path, page(some_figures()))
+def test_every_text_can_be_read_in_light_and_in_dark(browser, tmp_path, results):
+    read_in_both_schemes(browser, tmp_path, page(results))

@@ -18,30 +18,28 @@ from tinyllama.parity import difference, judge, oracle_logits
 from tinyllama.parity.mutations import MUTATIONS, try_mutations
 from tinyllama.parity.reference import config_fields, reference_model
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "one_thread")
 
 T = 64
 IDS = some_ids(1, T)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def measured(model, logits):
-    """Verdict on `logits` of IDS, and their error in units of the reference's."""
+def verdict(model, logits):
     truth = oracle_logits(config_fields(model.config), model.state_dict(), IDS[0].tolist())
-    references = [
-        difference(reference_model(model, name)(IDS).logits[0], truth) for name in ("eager", "sdpa")
-    ]
-    ours = difference(logits[0], truth)
-    verdict = judge(ours, references, model.embed_tokens.weight.dtype)
-    return verdict, ours.relative / max(reference.relative for reference in references)
+    theirs = [reference_model(model, name)(IDS).logits[0] for name in ("eager", "sdpa")]
+    return judge(difference(logits[0], truth), [difference(logits, truth) for logits in theirs], model.dtype)
 
 
-@pytest.mark.parametrize("attention", sorted(KERNELS))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_fixture_passes_in_every_dtype(dtype, attention):
-    model = tiny_model(dtype=dtype, attention=attention)
-    verdict, _ = measured(model, model(IDS))
-    assert verdict.passed, verdict.failures
+def test_the_fixture_passes_in_every_dtype_and_nan_does_not(dtype):
+    model = tiny_model(dtype=dtype)
+    for kernel in KERNELS.values():
+        model.set_attention(kernel)
+        logits = model(IDS)
+        assert verdict(model, logits).failures == ()
+    logits[0, 3, 5] = float("nan")
+    assert not verdict(model, logits).passed
 
 
 SHAPES = {
@@ -82,42 +80,31 @@ def test_a_checkpoint_written_by_transformers_gives_its_logits(tmp_path, shard_s
 
 @pytest.fixture(scope="module")
 def trials():
-    return {trial.mutation.name: trial for trial in try_mutations()}
+    return {trial.name: trial for trial in try_mutations(MUTATIONS)}
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_planted_bug_fails_the_gate_and_is_named(mutation, trials):
     trial = trials[mutation.name]
-    if mutation.address is None:
-        assert mutation.name == "positions + 1"
-        assert trial.passed
-        assert 0.5 < trial.score < 2
-        assert trial.found is None
-    else:
-        assert not trial.passed
-        assert trial.score > 5000
-        assert (trial.found.address, trial.found.suspect) == (mutation.address, mutation.suspect)
     assert trial.right
+    assert trial.harmless == trial.passed == (mutation.name == "positions + 1")
+    assert 0.5 < trial.score < 2 if trial.harmless else trial.score > 5000
+    assert (trial.address, trial.suspect) == (mutation.address, mutation.suspect)
 
 
-def test_the_planted_bugs_are_sixteen_and_leave_nothing_behind(trials):
-    assert len(trials) == len(MUTATIONS) == 16
-    model = tiny_model()
-    assert torch.equal(model(IDS), reference_model(model, "eager")(IDS).logits)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_planted_bug_changes_the_logits_until_it_is_taken_out_again(mutation):
+    model = tiny_model(num_hidden_layers=2)
+    before, parts = model(IDS), [module for _, module in model.named_modules()]
+    with mutation.planted(model):
+        assert not torch.equal(model(IDS), before)
+    assert torch.equal(model(IDS), before)
+    after = [module for _, module in model.named_modules()]
+    assert all(one is other for one, other in zip(after, parts, strict=True))
 
 
-def test_a_bug_that_is_found_elsewhere_or_for_another_reason_is_not_judged_rightly(trials):
-    trial = trials["eps 0"]
-    for changes in ({"address": "norm"}, {"suspect": "the norm is skipped"}):
-        assert not replace(trial, mutation=replace(trial.mutation, **changes)).right
-    assert not replace(trial, passed=True).right
-    assert not replace(trials["positions + 1"], passed=False).right
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gate_fails_on_nan(dtype):
-    model = tiny_model(dtype=dtype)
-    logits = model(IDS)
-    logits[0, 3, 5] = float("nan")
-    verdict, _ = measured(model, logits)
-    assert not verdict.passed
+def test_a_bug_that_is_found_elsewhere_or_for_another_reason_is_not_judged_rightly():
+    eps = MUTATIONS[0]
+    wrong = [replace(eps, address="norm"), replace(eps, suspect="the norm is skipped")]
+    harmless = replace(eps, address=None, suspect=None)
+    assert [trial.right for trial in try_mutations([eps, *wrong, harmless])] == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""The script that judges: parity must be able to fail."""
+"""The script that judges: it passes what is right, and fails what is wrong and names it."""
 
 import json
 import shutil
@@ -9,28 +9,23 @@ import pytest
 import torch
 
 import tinyllama
-from tests.parity.test_divergence import permuted
+from tests.parity.test_divergence import as_meta
 from tests.scripts.test_scripts import load_script
-from tests.shapes import tiny_model
+from tests.shapes import tiny_config, tiny_model
 from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.checkpoints import hub
 from tinyllama.cli import terminal
-from tinyllama.parity import notebook, subjects, suite
+from tinyllama.parity import subjects, suite
+from tinyllama.parity.notebook import notebook_cases, notebook_failures
 from tinyllama.parity.reference import reference_model
 
 TEXT = "the cat sat on the mat, a dog ate the hat"
 KERNELS = """
-from dataclasses import replace
 import torch
 from tinyllama.attention import eager
 
 def louder(q, k, v, context):
     return eager(q, k, 1.01 * v, context)
-
-def leaking(q, k, v, context):
-    seen = context.mask
-    mask = seen.key_positions[:, None, None, :] <= seen.query_positions[:, None, :, None] + 1
-    return eager(q, k, v, replace(context, visible=replace(seen, allowed=mask, causal=False)))
 
 def nan(q, k, v, context):
     return eager(q, k, v * torch.nan, context)
@@ -121,11 +116,8 @@ def test_a_right_model_passes_and_the_verdict_is_the_last_line(parity, tiny):
     status, out, err = parity(tiny, "--quick", "--dtype", "float32")
     assert (status, err) == (0, "tiny float32\n")
     assert "tiny float32, 252 positions (english 64, code 64, chinese 64, scripts 60)" in out
-    for kernel in ("eager", "sdpa"):
-        assert f"transformers {kernel}" in out
-        assert f"tinyllama {kernel}" in out
-    assert "greedy, batch of 4" in out
-    assert "sampled, alone" in out
+    for part in ("transformers eager", "tinyllama sdpa", "greedy, batch of 4", "sampled, alone"):
+        assert part in out
     assert "FAILED" not in out
     assert out.endswith("\nparity: passed\n")
 
@@ -139,30 +131,17 @@ def test_without_a_model_the_planted_bugs_are_tried_too(parity, tiny, monkeypatc
     assert "unit-gain fixture" in out
 
 
-def test_json_has_the_dtypes_from_the_widest_to_the_narrowest(parity, tiny):
+def test_json_and_page_have_the_dtypes_from_the_widest_to_the_narrowest(parity, tiny, tmp_path):
     dtypes = ("--dtype", "float16", "--dtype", "float64", "--dtype", "bfloat16")
-    status, out, err = parity(tiny, *briefly("--json", *dtypes))
+    page = tmp_path / "page.html"
+    status, out, err = parity(tiny, *briefly("--json", "--html", page, *dtypes))
     figures = figures_of(out)
     assert (status, figures["passed"], figures["failures"]) == (0, True, [])
     order = ["float64", "float32", "bfloat16", "float16"]
     assert [case["dtype"] for case in figures["cases"]] == order
-    assert err.splitlines() == [f"tiny {dtype}" for dtype in order]
+    assert err.splitlines() == [*(f"tiny {dtype}" for dtype in order), f"wrote {page}"]
     assert figures["machine"]["torch"] == torch.__version__
-
-
-def test_a_page_is_written_beside_what_is_printed(parity, tiny, tmp_path):
-    page = tmp_path / "page.html"
-    status, out, err = parity(tiny, *briefly("--html", page))
-    assert status == 0
-    assert out.endswith("parity: passed\n")
-    assert err.endswith(f"wrote {page}\n")
     assert "tinyllama eager" in page.read_text(encoding="utf-8")
-
-
-def test_a_page_without_a_folder_is_refused_before_any_model_is_looked_for(parity, tmp_path):
-    assert_refused(
-        parity("no-such-model", "--html", tmp_path / "absent" / "page.html"), "make the folder first"
-    )
 
 
 def test_nan_is_a_failure_that_tables_json_and_page_can_show(parity, tiny, tmp_path):
@@ -177,10 +156,17 @@ def test_nan_is_a_failure_that_tables_json_and_page_can_show(parity, tiny, tmp_p
     assert "first divergence at layers.0.self_attn.z" in out
 
 
+def test_progress_without_a_terminal_is_a_line_for_each_step_whose_name_has_no_comma(capsys):
+    with terminal.progress_line() as done:
+        for what in ("tiny float32", "tiny float32, eager", "a\x1b[2Jname"):
+            done(what)
+    assert capsys.readouterr() == ("", "tiny float32\na\\x1b[2Jname\n")
+
+
 # --- models and texts ------------------------------------------------------------------------------------
 
 
-def test_what_is_at_hand_is_judged_and_quick_takes_the_embedded_model_alone(monkeypatch, tmp_path):
+def test_the_default_is_what_is_on_disk_and_with_quick_the_embedded_model_alone(monkeypatch, tmp_path):
     script = load_script("parity")
     monkeypatch.setattr(hub, "on_disk", lambda repo_id: None)
     assert script.default_models(quick=False) == ["smollm2", "tinyllama-shape"]
@@ -190,92 +176,78 @@ def test_what_is_at_hand_is_judged_and_quick_takes_the_embedded_model_alone(monk
 
 
 @pytest.mark.parametrize(
-    ("quick", "parameters", "expected"),
-    [(True, 10**9, subjects.QUICK), (False, 10**9, subjects.LARGE), (False, 10**8, subjects.FULL)],
+    ("quick", "vocabulary", "expected"),
+    [(True, 10**9, subjects.QUICK), (False, 10**9, subjects.LARGE), (False, 320, subjects.FULL)],
 )
-def test_of_a_large_model_less_is_compared(quick, parameters, expected):
+def test_of_a_large_model_less_is_compared(quick, vocabulary, expected):
     args = SimpleNamespace(quick=quick, dtype=None)
-    assert load_script("parity").extent(args, SimpleNamespace(parameters=parameters)) == expected
+    shape = subjects.Shape("", tiny_config(vocab_size=vocabulary))
+    assert load_script("parity").extent(args, shape) == expected
 
 
 def test_the_official_model_is_known_by_its_folder_and_has_the_notebook_s_texts(parity, tiny, monkeypatch):
     # However the folder is spelled.
     monkeypatch.chdir(tiny.parent)
-    options = ("tiny", "--quick", "--dtype", "float32")
+    (tiny.parent / "text.txt").write_text(TEXT)
+    options = ("tiny", "--quick", "--dtype", "float32", "--text", "text.txt")
     monkeypatch.setattr(suite, "notebook_failures", lambda model, tokenizer: ["notebook, greedy: differs"])
-    assert parity(*options)[0] == 0
     monkeypatch.setattr(hub, "on_disk", lambda repo_id: tiny)
     status, out, _ = parity(*options)
     assert status == 1
     assert out.endswith("tiny float32: notebook, greedy: differs\nparity: FAILED\n")
 
 
-def test_a_text_of_one_s_own_is_what_is_compared(parity, tiny):
-    ids = tinyllama.Tokenizer.from_folder(tiny).encode(TEXT)
-    (case,) = figures_of(parity(tiny, *briefly("--json"))[1])["cases"]
-    assert case["texts"] == {"text.txt": len(ids)}
-    assert case["positions"] == len(ids)
-
-
-def test_a_text_from_stdin_serves_both_models(parity, tiny, monkeypatch):
+def test_the_user_s_text_is_what_is_compared_and_stdin_serves_both_models(parity, tiny, monkeypatch):
     stdin = SimpleNamespace(buffer=SimpleNamespace(read=iter([TEXT.encode(), b""]).__next__))
     monkeypatch.setattr(sys, "stdin", stdin)
     status, out, _ = parity(tiny, "--against", tiny, *briefly("--text", "-", "--json"))
-    texts = figures_of(out)["cases"][0]["texts"]
-    assert (status, texts["-"]) == (0, texts["text.txt"])
+    (case,) = figures_of(out)["cases"]
+    count = len(tinyllama.Tokenizer.from_folder(tiny).encode(TEXT))
+    assert (status, case["texts"]) == (0, {"text.txt": count, "-": count})
 
 
-def test_what_is_no_text_and_no_model_is_refused(parity, tiny, tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert_refused(parity(tiny, "--text", tmp_path / "latin.txt"), "byte 3 (0xe9) is not UTF-8")
-    assert_refused(parity(tiny, "--text", tmp_path / "absent.txt"), "absent.txt: cannot be read")
-    assert_refused(parity("no-such-model"), "model 'no-such-model': no such folder")
-
-
-def test_a_text_too_short_for_a_loss_is_refused(parity, tiny, tmp_path):
-    (tmp_path / "empty.txt").touch()
-    assert_refused(parity(tiny, *briefly("--text", tmp_path / "empty.txt")), "tokens")
-
-
-@pytest.mark.parametrize("options", [("--device", "nonsense"), ("--text", __file__)])
-def test_the_random_shape_refuses_what_it_cannot_use(parity, options):
-    assert_refused(
-        parity("tinyllama-shape", *options), "nonsense" if "nonsense" in options else "no tokenizer"
-    )
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("tiny", "--text", "latin.txt"), "byte 3 (0xe9) is not UTF-8"),
+        (("tiny", "--text", "absent.txt"), "absent.txt: cannot be read"),
+        (("tiny", *briefly("--text", "empty.txt")), "empty.txt: expected a text of 2 tokens"),
+        (("no-such-model",), "model 'no-such-model': no such folder"),
+        (("no-such-model", "--html", "absent/page.html"), "make the folder first"),
+        (("tinyllama-shape", "--device", "nonsense"), "nonsense"),
+        (("tinyllama-shape", "--text", "text.txt"), "no tokenizer"),
+        (("no-such-model", "--attention", "raises.py:f"), r"two\nlines; mend"),
+        (("no-such-model", "--attention", "absent.py:f"), "absent.py: no such file"),
+        (("no-such-model", "--attention", "my.py:absent"), "expected a function 'absent'"),
+        (("no-such-model", "--attention", "flash"), "expected eager, sdpa, window"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line_before_any_work(parity, tiny, files, options, expected):
+    (files / "latin.txt").write_bytes(b"caf\xe9")
+    (files / "empty.txt").touch()
+    (files / "raises.py").write_text("raise ValueError('two\\nlines')")
+    assert_refused(parity(*(tiny if option == "tiny" else option for option in options)), expected)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kernel", "address", "suspect"),
-    [("louder", "z", "none that is known"), ("leaking", "scores", "mask leaks one token")],
-)
-def test_a_wrong_kernel_fails_and_the_operation_is_named(parity, tiny, kernel, address, suspect):
-    status, out, _ = parity(tiny, *briefly("--attention", f"my.py:{kernel}"))
+def test_a_wrong_kernel_fails_and_the_operation_is_named(parity, tiny):
+    status, out, _ = parity(tiny, *briefly("--attention", "my.py:louder"))
     assert status == 1
-    assert f"first divergence at layers.0.self_attn.{address}, " in out
-    assert f"suspect: {suspect}\n" in out
-    assert f"\ntiny float32: tinyllama my.py:{kernel}: relRMS " in out
+    assert "first divergence at layers.0.self_attn.z, " in out
+    assert "suspect: none that is known\n" in out
+    assert "\ntiny float32: tinyllama my.py:louder: relRMS " in out
     assert out.endswith("\nparity: FAILED\n")
 
 
 def test_a_right_kernel_passes_and_diverges_nowhere(parity, tiny):
-    status, out, _ = parity(
-        tiny, *briefly("--attention", "my.py:textbook", "--attention", "sdpa", "--bisect")
-    )
+    attention = ("--attention", "my.py:textbook", "--attention", "sdpa")
+    status, out, _ = parity(tiny, *briefly(*attention, "--bisect"))
     assert status == 0
     for kernel in ("my.py:textbook", "sdpa"):
         assert f"tinyllama {kernel}, on all texts: no divergence" in out
     assert out.endswith("parity: passed\n")
-
-
-def test_what_is_no_kernel_is_refused_before_any_model_is_looked_for(parity, tmp_path):
-    (tmp_path / "raises.py").write_text("raise ValueError('two\\nlines')")
-    assert_refused(parity("no-such-model", "--attention", tmp_path / "raises.py:f"), r"two\nlines; mend")
-    assert_refused(parity("no-such-model", "--attention", "absent.py:f"), "absent.py: no such file")
-    assert_refused(parity("no-such-model", "--attention", "my.py:absent"), "expected a function 'absent'")
-    assert_refused(parity("no-such-model", "--attention", "flash"), "expected eager, sdpa, window")
 
 
 def test_two_kernels_of_one_kind_pass_against_each_other(parity, tiny):
@@ -289,10 +261,10 @@ def test_two_kernels_of_one_kind_pass_against_each_other(parity, tiny):
     ("kernel", "other", "suspect"),
     [
         ("my.py:window", "eager", "a token sees at most itself and the 7 before it"),
-        ("eager", "my.py:window", "none that is known"),  # and not "no divergence", as from the oracle
+        ("eager", "my.py:window", "none that is known"),  # measured from the oracle there is no divergence
     ],
 )
-def test_two_kernels_of_different_kinds_part_where_the_mask_is(parity, tiny, kernel, other, suspect):
+def test_two_kernels_of_different_kinds_differ_first_where_the_mask_is(parity, tiny, kernel, other, suspect):
     status, out, _ = parity(tiny, *briefly("--attention", kernel, "--against", other))
     assert status == 1
     assert "first divergence at layers.0.self_attn.scores" in out
@@ -311,16 +283,20 @@ def test_a_copied_checkpoint_passes_against_the_original_on_the_original_s_ids(p
     assert "transformers sdpa (tiny)" in out
 
 
-def test_rows_in_meta_s_order_fail_against_the_original_and_are_named(parity, tiny, tmp_path):
+def test_a_wrong_checkpoint_fails_against_the_original_and_the_place_is_named(parity, tiny, tmp_path):
     model = tiny_model()
     projection = model.layers[2].self_attn.k_proj
     with torch.no_grad():
-        projection.weight.copy_(permuted(projection.weight))
+        projection.weight.copy_(as_meta(projection.weight))
     status, out, _ = parity(save(model, tmp_path / "meta"), "--against", tiny, *briefly())
     assert status == 1
     assert "first divergence at layers.2.self_attn.k_proj" in out
     assert "pair order of Meta's" in out
     assert "\nmeta against tiny float32: tinyllama eager: relRMS " in out
+    wide = save(tiny_model(hidden_size=128), tmp_path / "wide")
+    status, out, _ = parity(wide, "--against", tiny, *briefly())
+    assert status == 1
+    assert "first divergence at embed_tokens" in out
 
 
 def test_a_checkpoint_with_another_vocabulary_is_refused(parity, tiny, tmp_path):
@@ -329,27 +305,7 @@ def test_a_checkpoint_with_another_vocabulary_is_refused(parity, tiny, tmp_path)
     assert_refused(parity(other, "--against", tiny, *briefly()), expected)
 
 
-def test_a_checkpoint_of_another_width_fails_with_its_shape(parity, tiny, tmp_path):
-    status, out, _ = parity(
-        save(tiny_model(hidden_size=128), tmp_path / "wide"), "--against", tiny, *briefly()
-    )
-    assert status == 1
-    assert "first divergence at embed_tokens" in out
-
-
 # --- the notebook ----------------------------------------------------------------------------------------
-
-CASES = notebook.notebook_cases()
-
-
-class Decoder:
-    """A tokenizer that knows the notebook's texts; ids after an id 0 are not seen."""
-
-    def decode(self, ids, skip_special):
-        assert skip_special
-        seen = tuple(ids[: ids.index(0)] if 0 in ids else ids)
-        known = {tuple(case.get("ids", [*case["prompt_ids"], 7])): case["text"] for case in CASES}
-        return known.get(seen, "another text")
 
 
 @pytest.mark.parametrize(
@@ -357,15 +313,21 @@ class Decoder:
     [([], []), ([5], ["greedy", "greedy chat", "sampled chat"]), ([0], ["greedy chat", "sampled chat"])],
     ids=["the notebook's own", "other texts", "other ids with the same texts"],
 )
-def test_each_text_of_the_notebook_that_comes_out_otherwise_has_its_line(monkeypatch, more, failing):
-    left = iter(CASES)
+def test_each_text_of_the_notebook_that_differs_has_its_line(more, failing):
+    cases = {tuple(case["prompt_ids"] + list(case["settings"].values())): case for case in notebook_cases()}
+    texts = {tuple(case.get("ids", [*case["prompt_ids"], 7])): case["text"] for case in cases.values()}
 
     def generate(model, prompts, **settings):
-        case = next(left)
-        assert (prompts, settings) == ([case["prompt_ids"]], case["settings"])
+        key = (*prompts[0], *settings.values())
+        case = cases[key]
         return [[*case.get("ids", [7]), *more]]
 
-    monkeypatch.setattr(notebook, "generate", generate)
-    lines = notebook.notebook_failures(None, Decoder())
+    class Decoder:
+        """A tokenizer that knows the notebook's texts; ids after an id 0 are not seen."""
+
+        def decode(self, ids, skip_special):
+            assert skip_special
+            return texts.get(tuple(ids[: ids.index(0)] if 0 in ids else ids), "another text")
+
+    lines = notebook_failures(None, Decoder(), generate)
     assert [line.partition(":")[0] for line in lines] == [f"notebook, {name}" for name in failing]
-    assert next(left, None) is None

@@ -1,11 +1,13 @@
-"""What the pages share: one HTML file, no script, nothing from elsewhere, to be read offline."""
+"""What the HTML pages share: each is one file without scripts that loads nothing and can be read offline."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -15,24 +17,23 @@ from markupsafe import Markup
 
 from tinyllama.progress import escape
 
-Figures = dict[str, Any]
 Formatted = Callable[[str, Any], str]
 
-# What a text of several lines keeps of its control characters.
+# The control characters that a text of several lines keeps.
 LINES = "\n\t"
 
 
-def render(package: str, figures: Figures, formatted: Formatted, **names: Any) -> str:
-    """A package's `page.html`, with its `page.css` after the shared style.
+def render(package: str, figures: Any, formatted: Formatted, **names: Any) -> str:
+    """Render a package's `page.html`, with its `page.css` after the shared style.
 
-    The template shows a figure by its key ("cases.0.model"): as `cell`, `head` or `figure`, each with the key
-    and the exact value as attributes. `prose` keeps its line breaks, `about` is the attributes alone, and
-    `plain` is a text that is no figure, with its line breaks.
+    The template shows a figure by its key, the path to it (`cases.0.model`). It calls `cell`, `head` or
+    `figure` for an element with the figure, its key and its exact value; `prose` for a figure that keeps its
+    line breaks; `about` for the attributes alone; `plain` for a text with line breaks that is no figure.
 
     Args:
         package: where the two files are.
-        figures: what the page is about.
-        formatted: how the figure of a key is written, given its value.
+        figures: what the page is about: dataclasses, mappings and sequences.
+        formatted: writes the figure of a key, given its value.
         names: what else the template needs.
     """
 
@@ -64,28 +65,43 @@ def render(package: str, figures: Figures, formatted: Formatted, **names: Any) -
     )
 
 
-def _tagged(figures: Figures, formatted: Formatted, element: str, key: str, keep: str = "") -> Markup:
-    """The figure of that key in an element; its control characters are escapes, but for those to keep."""
+def plain(value: Any) -> Any:
+    """The value as JSON has it: a dataclass as its properties and fields, NaN and infinity as None."""
+    if is_dataclass(value):
+        properties = [name for name, one in vars(type(value)).items() if isinstance(one, property)]
+        names = [*properties, *(field.name for field in fields(value))]
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tagged(figures: Any, formatted: Formatted, element: str, key: str, keep: str = "") -> Markup:
+    """The figure of that key in an element; control characters not in `keep` are written as escapes."""
     value = _value(figures, key)
-    kind = "text" if isinstance(value, (str, bool, dict)) else "figure"
+    kind = "text" if isinstance(value, (str, bool, Mapping)) else "figure"
     about = Markup('class="{}" {}').format(kind, _about(figures, key))
     return Markup(element).format(about, escape(formatted(key, value), keep))
 
 
-def _about(figures: Figures, key: str) -> Markup:
+def _about(figures: Any, key: str) -> Markup:
     """Attributes: the key, and the exact value as JSON."""
-    return Markup('data-key="{}" data-value="{}"').format(key, json.dumps(_value(figures, key)))
+    return Markup('data-key="{}" data-value="{}"').format(key, json.dumps(plain(_value(figures, key))))
 
 
-def _value(figures: Figures, key: str) -> Any:
-    value: Any = figures
+def _value(figures: Any, key: str) -> Any:
     for part in key.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
+        if isinstance(figures, (list, tuple)):
+            figures = figures[int(part)]
+        else:
+            figures = figures[part] if isinstance(figures, Mapping) else getattr(figures, part)
+    return figures
 
 
 def _harmless(value: Any) -> Any:
-    """Text with its invisible characters as escapes, which autoescape knows nothing of."""
+    """Text with its invisible characters written as escapes, which autoescape does not do."""
     return escape(value) if type(value) is str else value
 
 

@@ -3,64 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinyllama.parity.oracle import rope_frequencies
 from tinyllama.parity.scene import Scene, Suspects, rounded, short
 
 
 def rope(scene: Scene) -> Suspects:
     """Queries or keys after RoPE (Su et al. 2021), (heads, T, D)."""
     x = scene.heads(f"self_attn.{scene.name[0]}_proj")  # (heads, T, D)
-    T, D = x.shape[1:]
-    theta, scaling = scene.config["rope_theta"], scene.config.get("rope_scaling")
-    positions = torch.arange(T, dtype=torch.float64, device=x.device)
-    pairs = torch.arange(D // 2, dtype=torch.float64, device=x.device)
+    first, second = x.chunk(2, dim=-1)
+    theta = scene.config["rope_theta"]
+    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)[:, None]
 
-    def frequencies(theta: float, scaled: bool = True) -> Tensor:
-        plain = theta ** (-2 * pairs / D)
-        if not (scaled and scaling):
-            return plain
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        waves = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-        share = ((waves - low) / (high - low)).clamp(0, 1)
-        return plain * (share + (1 - share) / scaling["factor"])
+    def frequencies(**changes: float | None) -> Tensor:
+        return rope_frequencies({**scene.config, **changes}).to(x.device)
 
     def turn(angles: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=-1)
+        return rotated(angles.cos(), angles.sin())
 
-    angles = positions[:, None] * frequencies(theta)  # (T, D/2)
+    def rotated(cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    angles = positions * frequencies()  # (T, D/2)
     yield "", turn(angles)
-    a, b = x[..., ::2], x[..., 1::2]
-    turned = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
-    yield (
-        "RoPE pairing is interleaved: 2i with 2i + 1, as in Meta's files",
-        torch.stack(turned, -1).flatten(-2),
-    )
+    a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
+    interleaved = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    yield "RoPE pairing is interleaved: 2i with 2i + 1, as in Meta's files", interleaved
     yield "RoPE is not applied", x
     yield "RoPE turns the other way", turn(-angles)
-    yield "positions start at 1 (which attention cannot see)", turn(angles + frequencies(theta))
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = (f.repeat_interleave(2, dim=-1) for f in (angles.cos(), angles.sin()))
+    yield "positions start at 1 (which attention cannot see)", turn(angles + frequencies())
+    cos, sin = (f.repeat_interleave(2, dim=-1) for f in (cos, sin))
     mixed = x * cos + torch.cat((-second, first), dim=-1) * sin
     yield "cos and sin are laid out in interleaved pairs, but x is rotated by halves", mixed
-    if scaling:
-        yield "RoPE scaling is left out", turn(positions[:, None] * frequencies(theta, scaled=False))
-    else:
-        fitted = _fit_theta(x, scene.observed)
-        if fitted is not None:
-            yield f"theta is {fitted:g}, not {theta:g}", turn(positions[:, None] * frequencies(fitted))
+    if scene.config.get("rope_scaling"):
+        yield "RoPE scaling is left out", turn(positions * frequencies(rope_scaling=None))
+    elif fitted := _fit_theta(x, scene.observed):
+        yield f"theta is {fitted:g}, not {theta:g}", turn(positions * frequencies(rope_theta=fitted))
     for dtype in (torch.bfloat16, torch.float16):
-        low = positions.to(dtype)[:, None] * frequencies(theta).to(torch.float32).to(dtype)
+        low = positions.to(dtype) * frequencies().to(torch.float32).to(dtype)
         yield f"angles are computed in {short(dtype)}", turn(low.to(torch.float64))
-        cos, sin = (f.to(torch.float64).repeat(1, 2) for f in (low.cos(), low.sin()))
-        low_turn = x * cos + torch.cat((-second, first), dim=-1) * sin
-        yield f"angles are computed in {short(dtype)}", low_turn
+        cos, sin = low.cos().to(torch.float64), low.sin().to(torch.float64)
+        yield f"angles are computed in {short(dtype)}", rotated(cos, sin)
 
 
 def _fit_theta(x: Tensor, observed: Tensor) -> float | None:
@@ -94,52 +81,50 @@ def _triangle(T: int, leak: int = 0) -> Tensor:
 TILED = "KV heads are tiled (query head h reads KV head h mod K), not repeated"
 
 
-def _scales(config: Mapping[str, Any]) -> dict[str, float]:
-    C, D = config["hidden_size"], config["head_dim"]
-    return {
+def _scored(scene: Scene) -> Suspects:
+    """Scores before the softmax from rotated q and k, (H, T, S), masked ones -inf."""
+    q, k = scene["self_attn.q_rot"], scene["self_attn.k_rot"]
+    H, T, _ = q.shape
+    C, D = scene.config["hidden_size"], scene.config["head_dim"]
+
+    def masked(scale: float = D**-0.5, tiled: bool = False, leak: int = 0) -> Tensor:
+        products = q @ _served(k, H, tiled).transpose(1, 2) * scale
+        return products.masked_fill(~_triangle(T, leak).to(q.device), -math.inf)
+
+    yield "", masked()
+    yield TILED, masked(tiled=True)
+    yield "mask leaks one token", masked(leak=1)
+    yield "nothing is masked: a token sees the future", masked(leak=T)
+    yield "a token cannot see itself", masked(leak=-1)
+    scales = {
         "1/sqrt(hidden_size)": C**-0.5,
         "1/head_dim": 1 / D,
         "1 (none)": 1.0,
         "1/hidden_size": 1 / C,
         "sqrt(head_dim)": D**0.5,
     }
-
-
-def _masks(T: int) -> dict[str, Tensor]:
-    return {
-        "mask leaks one token": _triangle(T, 1),
-        "nothing is masked: a token sees the future": torch.ones(T, T, dtype=torch.bool),
-        "a token cannot see itself": _triangle(T, -1),
-    }
+    for name, scale in scales.items():
+        yield f"scores are scaled by {name}, not by 1/sqrt(head_dim)", masked(scale)
 
 
 def scores(scene: Scene) -> Suspects:
     """Scores before the softmax, (H, T, S), masked ones -inf."""
-    q, k, observed = scene["self_attn.q_rot"], scene["self_attn.k_rot"], scene.observed
-    H, T, right = q.shape[0], q.shape[1], scene.config["head_dim"] ** -0.5
-    causal = _triangle(T).to(q.device)
-
-    def masked(scale: float = right, tiled: bool = False, visible: Tensor = causal) -> Tensor:
-        products = q @ _served(k, H, tiled).transpose(1, 2) * scale
-        return products.masked_fill(~visible.to(q.device), -math.inf)
-
-    yield "", masked()
-    yield TILED, masked(tiled=True)
-    for name, visible in _masks(T).items():
-        yield name, masked(visible=visible)
-    for name, scale in _scales(scene.config).items():
-        yield f"scores are scaled by {name}, not by 1/sqrt(head_dim)", masked(scale)
+    yield from _scored(scene)
+    q, observed, right = scene["self_attn.q_rot"], scene.observed, scene.config["head_dim"] ** -0.5
+    H, T, _ = q.shape
     if observed.shape != (H, T, T):
         return
-    products, seen = masked(1.0)[:, causal], observed[:, causal]
-    fitted = float(f"{((products * seen).sum() / products.square().sum()).item():.4g}")
-    yield f"scores are scaled by {fitted:g}, not by 1/sqrt(head_dim) = {right:g}", masked(fitted)
-    visible = observed[0] != -math.inf
-    yield _mask_in_words(visible), masked(visible=visible)
+    causal, visible = _triangle(T).to(q.device), observed[0] != -math.inf
+    products = q @ _served(scene["self_attn.k_rot"], H).transpose(1, 2)
+    known, seen = products[:, causal], observed[:, causal]
+    fitted = float(f"{((known * seen).sum() / known.square().sum()).item():.4g}")
+    scaled = (products * fitted).masked_fill(~causal, -math.inf)
+    yield f"scores are scaled by {fitted:g}, not by 1/sqrt(head_dim) = {right:g}", scaled
+    yield _mask_in_words(visible), (products * right).masked_fill(~visible, -math.inf)
 
 
 def _mask_in_words(visible: Tensor) -> str:
-    """What a mask (T, T) shows that causality does not, or hides."""
+    """How a mask (T, T) differs from the causal one."""
     queries, keys = visible.nonzero(as_tuple=True)
     T = visible.shape[0]
     ahead, back = ((offset.max().item() if len(offset) else 0) for offset in (keys - queries, queries - keys))
@@ -170,21 +155,8 @@ def pattern(scene: Scene) -> Suspects:
 
 def attended(scene: Scene) -> Suspects:
     """The heads' outputs from rotated q and k, (H, T, D): for kernels that show no scores."""
-    q, k, v = scene["self_attn.q_rot"], scene["self_attn.k_rot"], scene.heads("self_attn.v_proj")
-    H, T, right = q.shape[0], q.shape[1], scene.config["head_dim"] ** -0.5
-    causal = _triangle(T)
-
-    def z(
-        scale: float = right, tiled: bool = False, v_tiled: bool = False, visible: Tensor = causal
-    ) -> Tensor:
-        scores = q @ _served(k, H, tiled).transpose(1, 2) * scale
-        pattern = _softmax(scores.masked_fill(~visible.to(q.device), -math.inf))
-        return pattern @ _served(v, H, v_tiled)
-
-    yield "", z()
-    yield TILED, z(tiled=True, v_tiled=True)
-    yield TILED.replace("KV", "V"), z(v_tiled=True)
-    for name, visible in _masks(T).items():
-        yield name, z(visible=visible)
-    for name, scale in _scales(scene.config).items():
-        yield f"scores are scaled by {name}, not by 1/sqrt(head_dim)", z(scale)
+    v, H = scene.heads("self_attn.v_proj"), scene["self_attn.q_rot"].shape[0]
+    for name, scores in _scored(scene):
+        yield name, _softmax(scores) @ _served(v, H, tiled=name == TILED)
+        if name == "":
+            yield TILED.replace("KV", "V"), _softmax(scores) @ _served(v, H, tiled=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Figures = dict[str, Any]
-Values = Sequence[float | None]
+from tinyllama.parity.report import BIN, Case
+
+Values = Sequence[float]
 
 # In the SVG's own units. The left margin holds "1e-16" in the larger type that phones get.
 WIDTH, HEIGHT = 460, 276
@@ -16,10 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 448, 26, 226
 # A line this short shows its points, too.
 FEW = 12
 MOST_TICKS = 8
-NOT_DRAWN = {
-    0.0: "An error of zero has no place on a log axis.",
-    None: "A line breaks off where an error is not finite.",
-}
+ZERO_NOTE = "An error of zero has no place on a log axis."
+BREAK_NOTE = "A line breaks off where an error is not finite."
 COLOURS = 4
 
 
@@ -33,11 +31,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line that breaks where a value cannot be drawn.
+    """A line with gaps where a value cannot be drawn.
 
     Attributes:
-        name: as the legend has it.
-        style: class of the line.
+        name: in the legend.
+        style: the line's class in the style sheet.
         lines: points of each unbroken part.
         dots: (x, y) of points that are drawn by themselves.
     """
@@ -59,7 +57,7 @@ class Chart:
         xs: ticks of the x axis.
         ys: ticks of the y axis.
         band: outlines of the area between the references' smallest and largest error.
-        band_name: whose that is; empty without one.
+        band_name: its name in the legend; empty without one.
         curves: the limit first.
         notes: what cannot be drawn.
     """
@@ -75,70 +73,27 @@ class Chart:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """Where values are drawn: `xs` from left to right, 0 to 1, and powers of ten from `low` to `high`."""
-
-    xs: Sequence[float]
-    low: float
-    high: float
-
-    def x(self, index: int) -> float:
-        return across(self.xs[index])
-
-    def y(self, value: float) -> float:
-        share = (math.log10(value) - self.low) / (self.high - self.low)
-        return round(BOTTOM - share * (BOTTOM - TOP), 2)
-
-    def curve(self, name: str, style: str, values: Values) -> Curve:
-        parts = _parts([values])
-        lines = tuple(self.points(part, values) for part in parts if len(part) > 1)
-        all_dots = style != "limit" and len(values) <= FEW
-        dots = [index for part in parts for index in part if len(part) == 1 or all_dots]
-        return Curve(name, style, lines, tuple((self.x(index), self.y(values[index] or 0)) for index in dots))
-
-    def area(self, lower: Values, upper: Values) -> tuple[str, ...]:
-        # A single point gets a little width, to be seen.
-        return tuple(
-            f"{self.points(part, lower)} {self.points(part[::-1], upper)}"
-            if len(part) > 1
-            else self.box(part[0], lower, upper)
-            for part in _parts([lower, upper])
-        )
-
-    def points(self, part: Sequence[int], values: Values) -> str:
-        return " ".join(f"{self.x(index)},{self.y(values[index] or 0)}" for index in part)
-
-    def box(self, index: int, lower: Values, upper: Values) -> str:
-        left, right = self.x(index) - 8, self.x(index) + 8
-        bottom, top = self.y(lower[index] or 0), self.y(upper[index] or 0)
-        return f"{left},{bottom} {right},{bottom} {right},{top} {left},{top}"
-
-
-def layer_chart(case: Figures) -> Chart | None:
+def layer_chart(case: Case) -> Chart | None:
     """The error at each stage, from the embedding to the logits; None where there is nothing to draw."""
-    curves = {row["who"]: row["by_layer"] for row in case["rows"]}
+    curves = {row.who: row.by_layer for row in case.rows}
     count = max(map(len, curves.values()), default=0)
     if count < 4:
         return None
     layers = count - 3
-    step = _step(layers)
     xs = [index / (count - 1) for index in range(count)]
-    ticks = [Tick(across(xs[layer + 1]), str(layer)) for layer in range(0, layers, step)]
+    ticks = [Tick(across(xs[layer + 1]), str(layer)) for layer in range(0, layers, _step(layers))]
     return _chart("Error by layer", "layer", ("embedding", "norm, logits"), case, curves, xs, ticks)
 
 
-def position_charts(case: Figures) -> list[Chart]:
+def position_charts(case: Case) -> list[Chart]:
     """The error over the positions of each text, the longest text first."""
     charts = []
-    for text, length in sorted(case["texts"].items(), key=lambda item: -item[1]):
-        curves = {row["who"]: row["by_position"].get(text, []) for row in case["rows"]}
-        starts = range(0, length, case["bin"])
-        xs = [(start + min(start + case["bin"], length)) / 2 / length for start in starts]
+    for text, length in sorted(case.texts.items(), key=lambda item: -item[1]):
+        curves = {row.who: row.by_position.get(text, []) for row in case.rows}
+        xs = [(start + min(start + BIN, length)) / 2 / length for start in range(0, length, BIN)]
         ticks = [Tick(across(at / length), str(at)) for at in range(0, length + 1, _step(length))]
-        chart = _chart(f"Error by position: {text}", "position", ("", ""), case, curves, xs, ticks)
-        charts += [chart] if chart else []
-    return charts
+        charts.append(_chart(f"Error by position: {text}", "position", ("", ""), case, curves, xs, ticks))
+    return [chart for chart in charts if chart]
 
 
 def across(share: float) -> float:
@@ -146,74 +101,87 @@ def across(share: float) -> float:
     return round(LEFT + share * (RIGHT - LEFT), 2)
 
 
-def worst_reference(case: Figures) -> float | None:
-    """R: the largest relRMS of the references; None without a finite one."""
-    errors = [row["relative"] for row in case["rows"] if row["reference"]]
-    return max((error for error in errors if error is not None), default=None)
-
-
-def absolute_limit(case: Figures) -> bool:
-    """Whether the limit is a number by itself, and no multiple of the references' error."""
-    return case["dtype"] == "float64" or not worst_reference(case)
-
-
 def _chart(
     title: str,
     axis: str,
     ends: tuple[str, str],
-    case: Figures,
-    curves: dict[str, Values],
+    case: Case,
+    curves: Mapping[str, Values],
     xs: Sequence[float],
     ticks: list[Tick],
 ) -> Chart | None:
-    # A curve of another length has lost a stage that was never computed: its points would stand elsewhere.
-    rows = [row for row in case["rows"] if len(curves[row["who"]]) == len(xs)]
-    theirs = [curves[row["who"]] for row in rows if row["reference"]]
-    ours = {row["who"]: curves[row["who"]] for row in rows if not row["reference"]}
-    drawn = [value for curve in [*theirs, *ours.values()] for value in curve]
-    lower, upper = _envelope(theirs, min), _envelope(theirs, max)
+    # A curve of another length lacks a stage that was never computed: its points would stand elsewhere.
+    rows = [row for row in case.rows if len(curves[row.who]) == len(xs)]
+    theirs = [curves[row.who] for row in rows if row.reference]
+    ours = {row.who: curves[row.who] for row in rows if not row.reference}
+    # NaN where one of the references has no value.
+    lower, upper = (
+        [math.nan if any(map(math.isnan, values)) else pick(values) for values in zip(*theirs, strict=True)]
+        for pick in (min, max)
+    )
     name, limit = _limit(case, upper, len(xs))
-    seen = [value for value in drawn if value]
-    if not seen:
+    drawn = [value for curve in [*theirs, *ours.values()] for value in curve]
+    if not any(map(_drawable, drawn)):
         return None
-    shown = [*seen, *filter(None, limit)]
+    shown = [value for value in [*drawn, *limit] if _drawable(value)]
     scale = _log_ticks(min(shown), max(shown))
-    axes = _Axes(xs, math.log10(scale[0]), math.log10(scale[-1]))
-    lines = [axes.curve(name, "limit", limit)] if any(limit) else []
-    lines += [axes.curve(who, f"series-{n % COLOURS}", curve) for n, (who, curve) in enumerate(ours.items())]
+    low, high = math.log10(scale[0]), math.log10(scale[-1])
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (math.log10(value) - low) / (high - low) * (BOTTOM - TOP), 2)
+
+    def points(part: Sequence[int], values: Values, shift: int = 0) -> str:
+        return " ".join(f"{across(xs[index]) + shift},{y(values[index])}" for index in part)
+
+    def curve(name: str, style: str, values: Values) -> Curve:
+        parts = _parts(values)
+        all_dots = style != "limit" and len(values) <= FEW
+        dots = [index for part in parts for index in part if len(part) == 1 or all_dots]
+        lines = tuple(points(part, values) for part in parts if len(part) > 1)
+        return Curve(name, style, lines, tuple((across(xs[index]), y(values[index])) for index in dots))
+
+    def area(part: Sequence[int]) -> str:
+        corners = [(part, lower, 0), (part[::-1], upper, 0)]
+        if len(part) == 1:  # a little width, to be seen
+            corners = [(part, lower, -8), (part, lower, 8), (part, upper, 8), (part, upper, -8)]
+        return " ".join(points(*corner) for corner in corners)
+
+    curves_drawn = [curve(name, "limit", limit)] if any(map(_drawable, limit)) else []
+    curves_drawn += [curve(who, f"series-{n % COLOURS}", one) for n, (who, one) in enumerate(ours.items())]
+    notes = [ZERO_NOTE] if 0.0 in drawn else []
+    notes += [] if all(map(math.isfinite, drawn)) else [BREAK_NOTE]
     return Chart(
         title=title,
         axis=axis,
         ends=ends,
         xs=tuple(ticks),
-        ys=tuple(Tick(axes.y(value), _power(value)) for value in scale),
-        band=axes.area(lower, upper),
-        band_name="the references" if any(upper) else "",
-        curves=tuple(lines),
-        notes=tuple(note for value, note in NOT_DRAWN.items() if value in drawn),
+        ys=tuple(Tick(y(value), _power(value)) for value in scale),
+        band=tuple(map(area, _parts(lower, upper))),
+        band_name="the references" if any(map(_drawable, upper)) else "",
+        curves=tuple(curves_drawn),
+        notes=tuple(notes),
     )
 
 
-def _envelope(curves: list[Values], pick: Any) -> list[float | None]:
-    """The smallest or the largest at each place where every curve has a value."""
-    return [None if None in values else pick(values) for values in zip(*curves, strict=True)]
-
-
-def _limit(case: Figures, upper: Values, count: int) -> tuple[str, Values]:
-    """The limit's name, and the limit at each place: the logits' own, in units of the references' error."""
-    limit, worst = case["limits"]["relative"], worst_reference(case)
-    if limit is None:
+def _limit(case: Case, upper: Values, count: int) -> tuple[str, Values]:
+    """The limit's name, and the limit at each place: as many times the references' error as at the logits."""
+    limit, times = case.limits.relative, case.limit_times()
+    if not math.isfinite(limit):
         return "", []
-    if absolute_limit(case) or not worst:
+    if times is None:
         return f"limit {_power(limit)}", [limit] * count
-    return f"limit: {limit / worst:.3g} R", [value and limit / worst * value for value in upper]
+    return f"limit: {times:.3g} R", [times * value for value in upper]
 
 
-def _parts(curves: Sequence[Values]) -> list[list[int]]:
+def _drawable(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _parts(*curves: Values) -> list[list[int]]:
     """Runs of places at which every curve can be drawn on a log axis."""
     parts: list[list[int]] = [[]]
     for index, values in enumerate(zip(*curves, strict=True)):
-        if all(values):
+        if all(map(_drawable, values)):
             parts[-1].append(index)
         elif parts[-1]:
             parts.append([])

@@ -1,9 +1,9 @@
-"""Logits beside the truth: transformers' and ours in one table, and any two callables."""
+"""Logits beside the oracle's: transformers' and ours in one table, and any two callables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,52 +16,12 @@ from tinyllama.parity.divergence import Run
 from tinyllama.parity.measure import Difference, Limits, Verdict, broken, difference, judge, limits
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import Right, config_fields, reference_model
+from tinyllama.parity.report import BIN, Case, Flip, Row
 from tinyllama.parity.trace import Trace, our_trace, reference_trace, stages
 
 REFERENCES = ("eager", "sdpa")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One implementation's figures.
-
-    Attributes:
-        who: whose logits, with which attention.
-        reference: whether it is one of those that are right, by which the others are judged.
-        measured: their difference from the truth.
-        by_layer: relRMS at each of the model's stages, from the embedding to the logits; NaN where a stage
-            was never computed, or in another shape.
-        same_bits: whether every logit equals that of the reference with the same attention; None where there
-            is no such partner.
-        failures: every criterion that is broken; none for a reference.
-    """
-
-    who: str
-    reference: bool
-    measured: Difference
-    by_layer: tuple[float, ...]
-    same_bits: bool | None
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model in one dtype: every implementation on the same texts.
-
-    Attributes:
-        positions: how many of each text, by name.
-        rows: the references first.
-        limits: what the other rows had to keep to.
-    """
-
-    positions: dict[str, int]
-    rows: tuple[Row, ...]
-    limits: Limits
-
-    @property
-    def failures(self) -> list[str]:
-        """Every broken criterion, with whose it is."""
-        return [f"{row.who}: {failure}" for row in self.rows for failure in row.failures]
+# What a row tells of a `Difference`.
+SUMMARIES = ("relative", "rms", "mean", "max", "kl_mean", "kl_p99", "kl_max", "top1", "nll_change")
 
 
 def kernel_run(model: Llama, kernel: Kernel) -> Run:
@@ -101,8 +61,10 @@ def compare_runs(
     partners: Mapping[str, str] | None = None,
     done: Callable[[str], object] = lambda what: None,
     limit: Limits | None = None,
+    model: str = "",
+    note: str = "",
 ) -> Case:
-    """Judge logits against the truth, by the references' own error.
+    """Judge logits against the oracle's, by the references' own error.
 
     Args:
         references: right implementations, by name.
@@ -110,36 +72,46 @@ def compare_runs(
         texts: ids by name.
         truth: for each text the float64 values at every stage.
         dtype: the one under test.
-        partners: for a candidate the reference that it is compared with bit by bit too.
+        partners: for a candidate the reference that it is compared with bit by bit.
         done: told of each pass that begins.
         limit: what the candidates have to keep to; None follows from dtype and references.
+        model: the case's name for the model.
+        note: what is not judged, and why.
     """
     partners = partners or {}
-    tallies = {who: _Tally() for who in [*references, *candidates]}
+    runs = {**references, **candidates}
+    parts: dict[str, list[Difference]] = {who: [] for who in runs}
+    squares: dict[str, list[Tensor]] = {who: [] for who in runs}
+    same_bits: dict[str, list[bool]] = {who: [] for who in runs}
     for text, ids in texts.items():
-        logits: dict[str, Tensor] = {}
-        for who, run in (references | candidates).items():  # type: ignore[operator]
+        known: dict[str, Tensor] = {}
+        for who, run in runs.items():
             done(f"{text}: {who}")
             values = run(ids, list(truth[text]))
-            tallies[who].add(values, truth[text], ids)
+            logits = _logits(values)
+            parts[who].append(difference(logits, _logits(truth[text]), ids))
+            squares[who].append(_squares(values, truth[text]))
             if who in references:
-                logits[who] = _logits(values)
+                known[who] = logits
             elif who in partners:
-                tallies[who].same_bits.append(torch.equal(_logits(values), logits[partners[who]]))
-    measured = {who: Difference.joined(tally.parts) for who, tally in tallies.items()}
+                same_bits[who].append(torch.equal(logits, known[partners[who]]))
+    measured = {who: Difference.joined(some) for who, some in parts.items()}
     limit = limit or limits([measured[who] for who in references], dtype)
+    counts = {text: len(ids) for text, ids in texts.items()}
     rows = [
         Row(
             who=who,
             reference=who in references,
-            measured=measured[who],
-            by_layer=tally.by_layer(),
-            same_bits=all(tally.same_bits) if tally.same_bits else None,
-            failures=() if who in references else broken(measured[who], limit),
+            **{name: getattr(one, name) for name in SUMMARIES},
+            flips=list(_flips(one, counts)),
+            same_bits=all(same_bits[who]) if same_bits[who] else None,
+            by_layer=[*_relative(squares[who]), one.relative],
+            by_position=_by_position(one, counts),
+            failures=[] if who in references else list(broken(one, limit)),
         )
-        for who, tally in tallies.items()
+        for who, one in measured.items()
     ]
-    return Case({text: len(ids) for text, ids in texts.items()}, tuple(rows), limit)
+    return Case(model, str(dtype).removeprefix("torch."), counts, note, limit, rows)
 
 
 def _logits(values: Trace) -> Tensor:
@@ -148,32 +120,40 @@ def _logits(values: Trace) -> Tensor:
     return logits
 
 
-class _Tally:
-    """What one implementation's passes add up to."""
+def _squares(values: Trace, truth: Trace) -> Tensor:
+    """At each stage before the logits, the squared error and the squared truth, summed: (stages, 2)."""
+    sums = []
+    for address, right in truth.items():
+        value = values.get(address)
+        if address != "lm_head" and right is not None:
+            same_shape = value is not None and value.shape == right.shape
+            error = (value - right).square().sum().item() if same_shape else math.nan  # type: ignore[operator]
+            sums.append([error, right.square().sum().item()])
+    return torch.tensor(sums, dtype=torch.float64)
 
-    def __init__(self) -> None:
-        self.parts: list[Difference] = []
-        self.same_bits: list[bool] = []
-        self.squares: dict[str, list[float]] = {}  # address -> of the error, of the truth
 
-    def add(self, values: Trace, truth: Trace, ids: Sequence[int]) -> None:
-        """One text's values."""
-        for address, right in truth.items():
-            value = values.get(address)
-            if address == "lm_head" or right is None:
-                continue
-            sums = self.squares.setdefault(address, [0.0, 0.0])
-            if value is None or value.shape != right.shape:
-                sums[0] = math.nan
-            else:
-                sums[0] += (value - right).square().sum().item()
-            sums[1] += right.square().sum().item()
-        self.parts.append(difference(_logits(values), _logits(truth), ids))
+def _relative(squares: Sequence[Tensor]) -> list[float]:
+    """The relRMS at each stage, over all texts."""
+    errors, sizes = torch.stack(list(squares)).sum(dim=0).T
+    return (errors / sizes).sqrt().tolist()
 
-    def by_layer(self) -> tuple[float, ...]:
-        """The relRMS at every stage; the logits' last."""
-        errors = [(error / size) ** 0.5 for error, size in self.squares.values()]
-        return (*errors, Difference.joined(self.parts).relative)
+
+def _flips(measured: Difference, counts: Mapping[str, int]) -> Iterator[Flip]:
+    places = [(text, position) for text, count in counts.items() for position in range(count)]
+    for index in measured.flipped.nonzero().flatten().tolist():
+        figures = (one[index].item() for one in (measured.expected, measured.chosen, measured.margin))
+        yield Flip(*places[index], *figures)
+
+
+def _by_position(measured: Difference, counts: Mapping[str, int]) -> dict[str, list[float]]:
+    errors, sizes = (one.split(list(counts.values())) for one in (measured.squared, measured.truth_squared))
+    return {
+        text: [
+            (squared.mean() / size.mean()).sqrt().item()
+            for squared, size in zip(error.split(BIN), whole.split(BIN), strict=True)
+        ]
+        for text, error, whole in zip(counts, errors, sizes, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -199,7 +179,7 @@ class Comparison:
             f"{who:<10} relRMS {d.relative:.2e}  max {d.max:.2e}  KL {d.kl_mean:.1e}  top-1 {d.top1:.1%}"
             for who, d in rows.items()
         ]
-        lines.append(f"the bits are {'the same' if self.same_bits else 'others'}")
+        lines.append("the bits are the same" if self.same_bits else "the bits differ")
         lines += self.verdict.failures
         return "\n".join([*lines, "passed" if self.verdict.passed else "FAILED"])
 
@@ -217,10 +197,10 @@ def compare(
     Args:
         mine: what is in question: takes ids (1, T), gives logits (1, T, V) or (T, V), or an object that has
             them as `.logits`.
-        reference: what is known to be right.
+        reference: what is known to be right; called and answering like `mine`.
         ids: one text, T ids.
         truth: (T, V) in float64, such as `oracle_logits` gives; None takes the reference's logits for the
-            truth, which leaves only the absolute limits to judge by.
+            truth, and only the dtype's fixed limit is left to judge by.
         dtype: in which both compute; the criteria depend on it.
 
     Raises:

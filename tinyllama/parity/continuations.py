@@ -1,8 +1,8 @@
-"""Do we choose the tokens that transformers chooses? Greedy and with a seed, alone and in a batch."""
+"""Whether we choose the ids that transformers chooses: greedy and with a seed, alone and in a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,24 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Flip:
-    """The first token in which a continuation differs from transformers'.
+class IdFlip:
+    """The first id in which a continuation differs from transformers'.
 
     Attributes:
-        row: which prompt of the batch.
-        step: how many new tokens came before.
-        ours: our id there.
-        theirs: transformers'.
+        settings: of the sampler, and the seed; empty is greedy.
+        prompt: which one of the batch.
+        step: how many new ids came before.
+        expected: transformers' id there.
+        chosen: ours.
         margin: by how much the oracle prefers one to the other, in logits; with a seed, after the same draw.
         limit: the margin under which rounding may decide: 6 RMS errors of transformers' logits.
     """
 
-    row: int
+    settings: dict[str, Any]
+    prompt: int
     step: int
-    ours: int
-    theirs: int
+    expected: int
+    chosen: int
     margin: float
     limit: float
 
@@ -53,25 +55,29 @@ class Flip:
 
 @dataclass(frozen=True)
 class Continuations:
-    """One call of `generate` and the same call of transformers.
+    """Some calls of `generate`, beside the same calls of transformers.
 
     Attributes:
-        settings: of the sampler, and the seed; empty is greedy.
-        prompts: how many in the batch.
+        model: its name.
+        dtype: of its weights and activations.
+        what: the kind of call.
+        calls: how many.
         ids: how many new ids were compared.
-        flips: the first difference of each row that has one.
+        flips: the first difference of each continuation that has one.
     """
 
-    settings: dict[str, Any]
-    prompts: int
+    model: str
+    dtype: str
+    what: str
+    calls: int
     ids: int
-    flips: tuple[Flip, ...]
+    flips: list[IdFlip]
 
     @property
     def failures(self) -> list[str]:
         """Differences that rounding does not explain."""
         return [
-            f"prompt {flip.row}, new token {flip.step}: expected {flip.theirs}, got {flip.ours}; "
+            f"prompt {flip.prompt}, new token {flip.step}: expected {flip.expected}, got {flip.chosen}; "
             f"the oracle's margin {flip.margin:.2e} is over {flip.limit:.2e}"
             for flip in self.flips
             if not flip.near_tie
@@ -115,9 +121,10 @@ def compare_continuations(
     count: int,
     seed: int | None = None,
     attention: str = "sdpa",
+    ours: Callable[..., list[list[int]]] = generate,
     **settings: Any,
-) -> Continuations:
-    """Continue the prompts, in one batch, by our loop and cache and by transformers'.
+) -> list[IdFlip]:
+    """Continue the prompts in one batch, by our `generate` and by transformers'.
 
     Args:
         model: attends by the kernel of that name.
@@ -125,28 +132,33 @@ def compare_continuations(
         count: new ids for each.
         seed: of both samplers.
         attention: transformers', "eager" or "sdpa".
+        ours: generates with our model.
         settings: of the sampler, the same names for both; none is greedy.
+
+    Returns:
+        The first difference of each continuation that has one.
     """
     model.set_attention(KERNELS[attention])
     reference = reference_model(model, attention)
-    ours = generate(model, prompts, max_new_tokens=count, eos_ids=(), seed=seed, **settings)
+    mine = ours(model, prompts, max_new_tokens=count, eos_ids=(), seed=seed, **settings)
     theirs = reference_ids(reference, prompts, count, seed, **settings)
     sampler = Sampler(seed=seed, **settings)
-    flips = []
-    for row, (mine, right) in enumerate(zip(ours, theirs, strict=True)):
-        if mine != right:
-            step = [a == b for a, b in zip(mine, right, strict=True)].index(False)
-            prefix = [*prompts[row], *right[:step]]
-            truth, rounding = _truth(model, reference, prefix)
-            scores = _scores(sampler, truth, prefix, step, row, len(prompts))
-            margin = (scores[right[step]] - scores[mine[step]]).abs().item()
-            flips.append(Flip(row, step, mine[step], right[step], margin, FLIP_MARGIN * rounding))
     known = settings if seed is None else {**settings, "seed": seed}
-    return Continuations(known, len(prompts), count * len(prompts), tuple(flips))
+    flips = []
+    for row, (got, expected) in enumerate(zip(mine, theirs, strict=True)):
+        if got != expected:
+            step = [a == b for a, b in zip(got, expected, strict=True)].index(False)
+            prefix = [*prompts[row], *expected[:step]]
+            truth, rounding = truth_and_rounding(model, reference, prefix)
+            scores = draw_scores(sampler, truth, prefix, step, row, len(prompts))
+            margin = (scores[expected[step]] - scores[got[step]]).abs().item()
+            limit = FLIP_MARGIN * rounding
+            flips.append(IdFlip(known, row, step, expected[step], got[step], margin, limit))
+    return flips
 
 
 @torch.no_grad()
-def _truth(
+def truth_and_rounding(
     model: Llama, reference: transformers.LlamaForCausalLM, ids: Sequence[int]
 ) -> tuple[Tensor, float]:
     """The oracle's logits for the next token, (V,), and the RMS error of transformers' on the text."""
@@ -155,13 +167,24 @@ def _truth(
     return truth[-1], difference(logits, truth).rms
 
 
-def _scores(sampler: Sampler, logits: Tensor, ids: Sequence[int], step: int, row: int, rows: int) -> Tensor:
-    """What the choice is the argmax of, in logits, (V,)."""
+def draw_scores(
+    sampler: Sampler, logits: Tensor, ids: Sequence[int], step: int, row: int, rows: int
+) -> Tensor:
+    """The scores, in logits, whose largest the sampler chooses, (V,).
+
+    Args:
+        sampler: greedy, or with a seed.
+        logits: the oracle's for the next token, (V,).
+        ids: the text so far.
+        step: how many new tokens it has.
+        row: which row of the batch it is.
+        rows: how many rows the batch has, which each step draws for.
+    """
     seen = torch.zeros(1, len(logits), dtype=torch.bool, device=logits.device)
     seen[0, list(ids)] = True
     if sampler.greedy:
         return repetition_penalty(logits[None], seen, sampler.repetition_penalty)[0]
-    # The draw is argmax(probabilities / e) with exponential e, one for each token of each row and step.
+    # The draw is argmax(probabilities / e), where e is exponential: one for each step, row and token.
     generator = sampler.generator(logits.device)
     for _ in range(step + 1):
         draw = torch.empty(rows, len(logits), device=logits.device).exponential_(1, generator=generator)

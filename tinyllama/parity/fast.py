@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama.attention import Kernel, sdpa
+from tinyllama.attention import Attention, Kernel, sdpa
 from tinyllama.checkpoints.storage import Storage
 from tinyllama.config import LlamaConfig
 from tinyllama.fast import native
@@ -67,22 +67,29 @@ def products(model: Llama, kind: str) -> str:
 
 @contextmanager
 def swapped(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put layers in the place of a model's own; all is as before when the block ends."""
+    """Put layers in the place of a model's own, and compiled attention in that of `sdpa`, until the block ends."""
     own = {path: model.get_submodule(path) for path in layers}
+    attentions = [
+        module for module in model.modules() if isinstance(module, Attention) and module.kernel is sdpa
+    ]
     try:
+        for attention in attentions:
+            attention.kernel = compiled_sdpa
         for path, layer in layers.items():
             model.set_submodule(path, layer)
         yield
     finally:
+        for attention in attentions:
+            attention.kernel = sdpa
         for path, layer in own.items():
             model.set_submodule(path, layer)
 
 
 def fast_run(model: Llama, layers: Layers, kernel: Kernel = sdpa) -> Run:
-    """Our model with those layers, which it has while it runs; `sdpa` is the compiled one."""
+    """Our model with those layers, and with compiled attention for `sdpa`, while it runs."""
 
     def run(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
-        model.set_attention(compiled_sdpa if kernel is sdpa else kernel)
+        model.set_attention(kernel)
         with swapped(model, layers):
             return cached_trace(model, ids, addresses)
 

@@ -1,4 +1,4 @@
-"""Random weights that hide no bug: the fixture on which every operation matters."""
+"""Random weights that hide no bug, because every operation changes the logits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LENGTH = 64
 
 
 def unit_gain_(model: Llama, seed: int = 0) -> Llama:
-    """Fill a model with random weights under which every operation matters, in place.
+    """Fill a model with random weights, in place.
 
     Matrices have unit gain (std 1/sqrt(fan_in)), embeddings std 0.003, norm weights are from U(0.1, 2.1).
-    With the usual std of 0.02 attention and norms hardly act: a missing RoPE passed at 1e-2.
+    With the usual std of 0.02 attention and norms change little: a model without RoPE passed at 1e-2.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,6 +50,6 @@ def fixture(seed: int = 0, **changes: Any) -> Llama:
 
 
 def random_ids(length: int, vocab_size: int, seed: int = 0) -> list[int]:
-    """A text without meaning."""
+    """Random ids, as a text."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (length,), generator=generator).tolist()

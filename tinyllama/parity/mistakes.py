@@ -1,4 +1,4 @@
-"""Well-known mistakes outside attention's core, each as a formula: embedding, norms, matrices, MLP, block."""
+"""Well-known mistakes outside attention proper, each as a formula: embedding, norms, matrices, MLP, block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def embedding(scene: Scene) -> Suspects:
 
 
 def norm(scene: Scene) -> Suspects:
-    """An RMSNorm, (T, C); the second of a layer reads the residual stream after attention."""
+    """The output of an RMSNorm, (T, C); the second of a layer reads the residual stream after attention."""
     eps, w = scene.config["rms_norm_eps"], scene.weight(scene.address)
     second = scene.name == "post_attention_layernorm"
     x = scene["input"] + scene["self_attn.o_proj"] if second else scene["input"]
@@ -116,7 +116,7 @@ def _mix_up(address: str, other: str) -> str:
 
 
 def _tf32(x: Tensor) -> Tensor:
-    """Rounded to the 10 bits of mantissa that tensor cores keep of a float32."""
+    """Round to the 10 bits of mantissa that tensor cores keep of a float32."""
     bits = x.to(torch.float32).view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(torch.float64)
 

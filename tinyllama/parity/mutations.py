@@ -1,18 +1,16 @@
-"""The proof that the gate can fail: sixteen planted bugs, each with the operation and suspect it must give.
+"""The proof that parity can fail: sixteen planted bugs, with the operation and suspect that must be named.
 
 On the unit-gain fixture fifteen of them score thousands of times the reference's error. The sixteenth,
-positions that start at 1, is harmless: RoPE makes attention depend on distances only. It must pass.
+positions that start at 1, is harmless, because RoPE makes attention depend on distances only: it must pass.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,63 +18,63 @@ from torch.nn import functional as F
 
 import tinyllama.attention
 import tinyllama.model
-from tinyllama.attention import AttentionContext, AttentionMask, eager
+from tinyllama.attention import AttentionContext, AttentionMask, Kernel, eager
 from tinyllama.model import MLP, Llama, RMSNorm
-from tinyllama.parity.divergence import Divergence, bisect
+from tinyllama.parity.divergence import bisect
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
-from tinyllama.parity.measure import Difference, difference, judge
+from tinyllama.parity.measure import difference, judge
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import config_fields, reference_model
 from tinyllama.parity.trace import our_trace, reference_trace
 from tinyllama.rope import RotaryEmbedding
 
+Planted = AbstractContextManager[Any]
+
 
 @dataclass(frozen=True)
 class Mutation:
-    """One planted bug.
+    """One bug.
 
     Attributes:
         name: as in the specification of the gate.
-        planted: makes a right model wrong, in place, while its context is open.
+        planted: makes any Llama wrong while its context is open, and right again afterwards. Some change what
+            all models share, so no reference of ours may run inside the context.
         address: the first operation that diverges; None for the harmless one.
         suspect: the mistake to be named there.
     """
 
     name: str
-    planted: Callable[[Llama], AbstractContextManager[Any]]
-    address: str | None
-    suspect: str | None
+    planted: Callable[[Llama], Planted]
+    address: str | None = None
+    suspect: str | None = None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the gate and the search made of a mutation.
+    """What the judge made of a mutation.
 
     Attributes:
-        mutation: the mutation.
+        name: the mutation's.
+        harmless: whether it must pass.
         score: relRMS of the logits, in units of transformers' own (R).
-        passed: whether the gate let it pass.
-        found: the first divergence.
+        passed: whether the criteria let it pass.
+        address: the first divergence; None where none was found.
+        suspect: the mistake that was named there.
+        right: whether it failed at the expected operation with the expected suspect, or is harmless and
+            passed.
     """
 
-    mutation: Mutation
+    name: str
+    harmless: bool
     score: float
     passed: bool
-    found: Divergence | None
-
-    @property
-    def right(self) -> bool:
-        """Failed, at the right operation, for the right reason; or harmless, and passed."""
-        mutation = self.mutation
-        if mutation.address is None:
-            return self.passed and self.found is None
-        found = self.found
-        at, why = (None, None) if found is None else (found.address, found.suspect)
-        return not self.passed and at == mutation.address and why == mutation.suspect
+    address: str | None
+    suspect: str | None
+    right: bool
 
 
 @torch.no_grad()
-def try_mutations() -> Iterator[Trial]:
+def try_mutations(mutations: Sequence[Mutation]) -> Iterator[Trial]:
     """Plant each mutation in a fresh fixture, and judge it."""
     right = fixture()
     ids = random_ids(LENGTH, right.config.vocab_size)
@@ -84,184 +82,181 @@ def try_mutations() -> Iterator[Trial]:
     models = [reference_model(right, name) for name in ("eager", "sdpa")]
     references = [difference(model(torch.tensor([ids])).logits[0], truth) for model in models]
     runs = [lambda ids, at, model=model: reference_trace(model, ids, at) for model in models]
-    for mutation in MUTATIONS:
+    for mutation in mutations:
         wrong = fixture()
         wrong.set_attention(eager)
         with mutation.planted(wrong):
             measured = difference(wrong(torch.tensor([ids]))[0], truth)
             found = bisect(lambda ids, at: our_trace(wrong, ids, at), right, ids, runs)  # noqa: B023
-        verdict = judge(measured, references, torch.float32)
-        yield Trial(mutation, score(measured, references), verdict.passed, found)
-
-
-def score(measured: Difference, references: list[Difference]) -> float:
-    """A relRMS in units of the worse reference's."""
-    return measured.relative / max(reference.relative for reference in references)
-
-
-@contextmanager
-def _eps(model: Llama, eps: float) -> Iterator[None]:
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.eps = eps
-    yield
+        harmless = mutation.address is None
+        passed = judge(measured, references, torch.float32).passed
+        address, suspect = (found.address, found.suspect) if found else (None, None)
+        yield Trial(
+            name=mutation.name,
+            harmless=harmless,
+            score=measured.relative / max(reference.relative for reference in references),
+            passed=passed,
+            address=address,
+            suspect=suspect,
+            right=passed == harmless and (address, suspect) == (mutation.address, mutation.suspect),
+        )
 
 
 @contextmanager
-def _theta(model: Llama, theta: float) -> Iterator[None]:
-    model.rotary = RotaryEmbedding(dataclasses.replace(model.config, rope_theta=theta))
-    yield
+def changed(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of objects, given as (object, name, value), and set them back afterwards."""
+    before = [(thing, name, vars(thing).get(name, getattr(thing, name))) for thing, name, _ in changes]
+    try:
+        for thing, name, value in changes:
+            setattr(thing, name, value)
+        yield
+    finally:
+        for thing, name, value in before:
+            setattr(thing, name, value)
 
 
-def _interleaved_pairs(model: Llama) -> AbstractContextManager[Any]:
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x1, x2 = x[..., ::2], x[..., 1::2]
-        cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
-        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
-
-    return patch.object(tinyllama.attention, "rotate", rotate)
+def _patch(thing: Any, name: str, value: Any) -> Callable[[Llama], Planted]:
+    """Plant something that all models share."""
+    return lambda model: changed((thing, name, value))
 
 
-@contextmanager
-def _positions_plus_1(model: Llama) -> Iterator[None]:
+def _in_norms(name: str, wrong: Callable[[RMSNorm], Any]) -> Callable[[Llama], Planted]:
+    """Plant an attribute of every norm."""
+
+    def planted(model: Llama) -> Planted:
+        norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+        return changed(*((norm, name, wrong(norm)) for norm in norms))
+
+    return planted
+
+
+def _kernel(kernel: Kernel) -> Callable[[Llama], Planted]:
+    return lambda model: changed(*((block.self_attn, "kernel", kernel) for block in model.layers))
+
+
+def _theta(theta: float) -> Callable[[Llama], Planted]:
+    def planted(model: Llama) -> Planted:
+        rotary = RotaryEmbedding(replace(model.config, rope_theta=theta))
+        return changed((model, "rotary", rotary.to(model.embed_tokens.weight.device)))
+
+    return planted
+
+
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+
+
+def _positions_plus_1(model: Llama) -> Planted:
     def shift(_model: nn.Module, args: tuple[Tensor], keywords: dict[str, Any]) -> Any:
         ids = args[0]
-        return args, keywords | {"positions": torch.arange(1, ids.shape[1] + 1).expand_as(ids)}
+        positions = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
+        return args, keywords | {"positions": positions}
 
-    with model.register_forward_pre_hook(shift, with_kwargs=True):
-        yield
-
-
-def _bfloat16_angles(model: Llama) -> AbstractContextManager[Any]:
-    def forward(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-    return patch.object(RotaryEmbedding, "forward", forward)
+    return model.register_forward_pre_hook(shift, with_kwargs=True)
 
 
-@contextmanager
-def _tiled_kv_heads(model: Llama) -> Iterator[None]:
-    def tiled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        G = q.shape[1] // k.shape[1]
-        return eager(q, k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1), context)
-
-    model.set_attention(tiled)
-    yield
+def _bfloat16_angles(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-@contextmanager
-def _scale_by_hidden_size(model: Llama) -> Iterator[None]:
-    C = model.config.hidden_size
-
-    def scaled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        return eager(q, k, v, dataclasses.replace(context, scale=C**-0.5))
-
-    model.set_attention(scaled)
-    yield
+def _tiled(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    G = q.shape[1] // k.shape[1]
+    return eager(q, k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1), context)
 
 
-def _leaking_mask(model: Llama) -> AbstractContextManager[Any]:
-    def leaking(positions: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> AttentionMask:
-        mask = original(positions, keys, causal, rotary)
-        ahead = mask.key_positions[:, None, None, :] <= mask.query_positions[:, None, :, None] + 1
-        return dataclasses.replace(mask, allowed=ahead, causal=False)
-
-    original = AttentionMask.of
-    return patch.object(AttentionMask, "of", staticmethod(leaking))
+def _scaled_by_hidden_size(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    _, H, _, D = q.shape
+    return eager(q, k, v, replace(context, scale=(H * D) ** -0.5))
 
 
-def _layer_norm(model: Llama) -> AbstractContextManager[Any]:
-    def forward(norm: RMSNorm, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, None, norm.eps)
-
-    return patch.object(RMSNorm, "forward", forward)
-
-
-@contextmanager
-def _one_plus_weight(model: Llama) -> Iterator[None]:
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.add_(1.0)
-    yield
+def _leaking_mask(*args: Any, of: Callable[..., AttentionMask] = AttentionMask.of) -> AttentionMask:
+    mask = of(*args)
+    ahead = mask.key_positions[:, None, None, :] <= mask.query_positions[:, None, :, None] + 1
+    return replace(mask, allowed=ahead, causal=False)
 
 
-def _gelu(model: Llama) -> AbstractContextManager[Any]:
-    # In the model's own namespace: torch's F.silu is transformers' too.
-    return patch.object(tinyllama.model, "F", SimpleNamespace(silu=F.gelu))
+def _layer_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, None, norm.eps)
 
 
-@contextmanager
-def _gate_and_up_swapped(model: Llama) -> Iterator[None]:
-    for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
-    yield
+def _gate_and_up_swapped(model: Llama) -> Planted:
+    mlps = [module for module in model.modules() if isinstance(module, MLP)]
+    gates = [(mlp, "gate_proj", mlp.up_proj) for mlp in mlps]
+    return changed(*gates, *((mlp, "up_proj", mlp.gate_proj) for mlp in mlps))
 
 
-@contextmanager
-def _last_layer_skipped(model: Llama) -> Iterator[None]:
-    del model.layers[-1]
-    yield
-
-
-@contextmanager
-def _final_norm_skipped(model: Llama) -> Iterator[None]:
-    model.norm = nn.Identity()  # type: ignore[assignment]
-    yield
-
-
+NORM, Q_ROT, SCORES = "layers.0.input_layernorm", "layers.0.self_attn.q_rot", "layers.0.self_attn.scores"
 MUTATIONS = [
-    Mutation("eps 1e-6", lambda m: _eps(m, 1e-6), "layers.0.input_layernorm", "eps is 1e-06, not 1e-05"),
-    Mutation("eps 0", lambda m: _eps(m, 0.0), "layers.0.input_layernorm", "eps is 0, not 1e-05"),
-    Mutation(
-        "theta + 1%", lambda m: _theta(m, 10100.0), "layers.0.self_attn.q_rot", "theta is 10100, not 10000"
-    ),
-    Mutation(
-        "theta 500k", lambda m: _theta(m, 500000.0), "layers.0.self_attn.q_rot", "theta is 500000, not 10000"
-    ),
+    Mutation("eps 1e-6", _in_norms("eps", lambda norm: 1e-6), NORM, "eps is 1e-06, not 1e-05"),
+    Mutation("eps 0", _in_norms("eps", lambda norm: 0.0), NORM, "eps is 0, not 1e-05"),
+    Mutation("theta + 1%", _theta(10100.0), Q_ROT, "theta is 10100, not 10000"),
+    Mutation("theta 500k", _theta(500000.0), Q_ROT, "theta is 500000, not 10000"),
     Mutation(
         "interleaved RoPE pairing",
-        _interleaved_pairs,
-        "layers.0.self_attn.q_rot",
+        _patch(tinyllama.attention, "rotate", _interleaved),
+        Q_ROT,
         "RoPE pairing is interleaved: 2i with 2i + 1, as in Meta's files",
     ),
-    Mutation("positions + 1", _positions_plus_1, None, None),
+    Mutation("positions + 1", _positions_plus_1),
     Mutation(
         "bf16 RoPE angles",
-        _bfloat16_angles,
-        "layers.0.self_attn.q_rot",
+        _patch(RotaryEmbedding, "forward", _bfloat16_angles),
+        Q_ROT,
         "angles are computed in bfloat16",
     ),
     Mutation(
         "KV heads tiled instead of repeated",
-        _tiled_kv_heads,
-        "layers.0.self_attn.scores",
+        _kernel(_tiled),
+        SCORES,
         "KV heads are tiled (query head h reads KV head h mod K), not repeated",
     ),
     Mutation(
         "scale by hidden size",
-        _scale_by_hidden_size,
-        "layers.0.self_attn.scores",
+        _kernel(_scaled_by_hidden_size),
+        SCORES,
         "scores are scaled by 1/sqrt(hidden_size), not by 1/sqrt(head_dim)",
     ),
     Mutation(
         "LayerNorm for RMSNorm",
-        _layer_norm,
-        "layers.0.input_layernorm",
+        _patch(RMSNorm, "forward", _layer_norm),
+        NORM,
         "LayerNorm is used for RMSNorm: the mean is subtracted",
     ),
     Mutation(
         "weight + 1 in the norm",
-        _one_plus_weight,
-        "layers.0.input_layernorm",
+        _in_norms("weight", lambda norm: nn.Parameter(norm.weight.detach() + 1)),
+        NORM,
         "norm weight is applied as 1 + w",
     ),
-    Mutation("GELU for SiLU", _gelu, "layers.0.mlp.product", "GELU is used for SiLU"),
+    # In the model's own namespace, because torch's F.silu is transformers' too.
+    Mutation(
+        "GELU for SiLU",
+        _patch(tinyllama.model, "F", SimpleNamespace(silu=F.gelu)),
+        "layers.0.mlp.product",
+        "GELU is used for SiLU",
+    ),
     Mutation(
         "gate and up swapped", _gate_and_up_swapped, "layers.0.mlp.gate_proj", "gate and up are swapped"
     ),
-    Mutation("mask leaks one token", _leaking_mask, "layers.0.self_attn.scores", "mask leaks one token"),
-    Mutation("last layer skipped", _last_layer_skipped, "layers.3", "layers.3 is skipped"),
-    Mutation("final norm skipped", _final_norm_skipped, "norm", "the norm is skipped"),
+    Mutation(
+        "mask leaks one token",
+        _patch(AttentionMask, "of", staticmethod(_leaking_mask)),
+        SCORES,
+        "mask leaks one token",
+    ),
+    Mutation(
+        "last layer skipped",
+        lambda model: changed((model, "layers", model.layers[:-1])),
+        "layers.3",
+        "layers.3 is skipped",
+    ),
+    Mutation(
+        "final norm skipped",
+        lambda model: changed((model, "norm", nn.Identity())),
+        "norm",
+        "the norm is skipped",
+    ),
 ]

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from tinyllama.generation import generate
 from tinyllama.model import Llama
 from tinyllama.text.tokenizer import Tokenizer
 
 
-def notebook_failures(model: Llama, tokenizer: Tokenizer) -> list[str]:
-    """Generate every text of the notebook again; one line for each that comes out otherwise.
+@dataclass(frozen=True)
+class Notebook:
+    """What a model made of the notebook's prompts; `failures` has a line for each text that differs."""
+
+    model: str
+    dtype: str
+    failures: list[str]
+
+
+def notebook_failures(
+    model: Llama, tokenizer: Tokenizer, generate: Callable[..., list[list[int]]] = generate
+) -> list[str]:
+    """Generate every text of the notebook again; one line for each that differs.
 
     Args:
         model: TinyLlama-1.1B-Chat in float32.
         tokenizer: its tokenizer.
+        generate: what generates.
     """
     failures = []
     for case in notebook_cases():
@@ -28,7 +43,7 @@ def notebook_failures(model: Llama, tokenizer: Tokenizer) -> list[str]:
     return failures
 
 
-def notebook_cases() -> list[dict]:
+def notebook_cases() -> list[dict[str, Any]]:
     """Prompts, settings, and what came out."""
     text = (files("tinyllama.parity") / "notebook.json").read_text(encoding="utf-8")
     return json.loads(text)["cases"]

@@ -1,9 +1,9 @@
-"""A float64 Llama that shares no code with the model: the truth that float32 and 16-bit passes are judged by.
+"""A float64 Llama that shares no code with the model: the truth that all other passes are judged by.
 
-It is written for clarity from the papers' equations, one text and one head at a time, and in other terms than
-the model where there is a choice: RoPE as a complex product, softmax by its definition, KV heads by index. It
-streams one weight at a time, so that a billion parameters need little memory in float64; and it is
-differentiable in weights that are float64 already.
+It is written for clarity from the papers' equations, one text and one head at a time. Where there is a choice
+it differs from the model: RoPE is a complex product, softmax its definition, KV heads are found by index. It
+reads one weight at a time, so a billion parameters need little memory in float64. It is differentiable in
+weights that are already float64.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def oracle_logits(
 
     Args:
         config: the fields of config.json, in transformers 4's spelling.
-        weights: under checkpoint names less `model.`, in the dtype under test: rounding the weights is not
-            the model's error.
+        weights: under checkpoint names less `model.`, in the dtype under test, because rounding the weights
+            is not the model's error.
         ids: the text, T ids from position 0.
-        trace: takes intermediate values: for each of its keys that is an address (`layers.3`,
-            `layers.3.self_attn.q_rot`, see `tinyllama.parity.trace`) the value there, without batch axis.
+        trace: its keys are addresses (`layers.3`, `layers.3.self_attn.q_rot`; see `tinyllama.parity.trace`);
+            each gets the value there, without a batch axis, or stays as it is where there is no such address.
 
     Returns:
         (T, V) in float64.
@@ -80,13 +80,18 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _turns(config: Mapping[str, Any], length: int, device: torch.device) -> Tensor:
     """The unit complex numbers e^(i * position * frequency), (T, D/2)."""
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = positions[:, None] * rope_frequencies(config).to(device)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rope_frequencies(config: Mapping[str, Any]) -> Tensor:
+    """Radians per position of each dimension pair, (D/2,) in float64."""
     D = config["head_dim"]
     frequencies = [config["rope_theta"] ** (-2 * pair / D) for pair in range(D // 2)]
     if config.get("rope_scaling"):
         frequencies = [_stretched(frequency, config["rope_scaling"]) for frequency in frequencies]
-    positions = torch.arange(length, dtype=torch.float64, device=device)
-    angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64, device=device)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.tensor(frequencies, dtype=torch.float64)
 
 
 def _stretched(frequency: float, scaling: Mapping[str, Any]) -> float:

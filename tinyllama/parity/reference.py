@@ -15,7 +15,7 @@ from tinyllama.model import Llama
 
 
 class Right(Protocol):
-    """What the oracle and a search read of a model whose weights are right; a `Llama` is one."""
+    """What the oracle and a search read of a model whose weights are right, such as a `Llama`."""
 
     @property
     def config(self) -> LlamaConfig:
@@ -23,7 +23,7 @@ class Right(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its activations: the one under test."""
+        """The dtype of its activations, which is the one under test."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Its weights, under the names of checkpoints less `model.`."""
@@ -38,7 +38,7 @@ def config_fields(config: LlamaConfig) -> dict[str, Any]:
 
 
 def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausalLM:
-    """The model of transformers over the very tensors of ours: the same dtype and device, no copy.
+    """Make transformers' model of our model's tensors: no copy, the same dtype and device.
 
     Args:
         model: ours.
@@ -56,7 +56,7 @@ def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausal
     }
     reference.load_state_dict(state, strict=True, assign=True)
     reference.tie_weights()
-    # Made on the meta device it is empty; and it must be float32 whatever the weights are.
+    # Its buffers are empty after the meta device, and must be float32 whatever the weights are.
     rotary = reference.model.rotary_emb
     device = model.embed_tokens.weight.device
     reference.model.rotary_emb = type(rotary)(config).to(device)

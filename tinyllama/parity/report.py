@@ -1,224 +1,164 @@
-"""Results as one plain dictionary: what `--json` writes, and all that tables and pages are made from."""
+"""All that `make parity` found out: what the JSON, the tables at a terminal and the page show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from tinyllama.parity.comparison import Case, Row
 from tinyllama.parity.continuations import Continuations
 from tinyllama.parity.divergence import Divergence
-from tinyllama.parity.gradients import WeightGradient
-from tinyllama.parity.measure import Difference
+from tinyllama.parity.gradients import Gradients
+from tinyllama.parity.measure import Limits
 from tinyllama.parity.mutations import Trial
+from tinyllama.parity.notebook import Notebook
 
 # Positions that share one point of a curve.
 BIN = 32
 
-Figures = dict[str, Any]
 
-# Lists of figures: logits of a model in a dtype, generated ids, gradients, the notebook's texts, planted
-# bugs, and searches for the first divergence.
-SECTIONS = ("cases", "continuations", "gradients", "notebook", "mutations", "searches")
+@dataclass(frozen=True)
+class Flip:
+    """A position whose most likely token is not the oracle's; `margin` is the oracle's between the two."""
+
+    text: str
+    position: int
+    expected: int
+    chosen: int
+    margin: float
 
 
-def case_figures(model: str, dtype: str, case: Case, note: str = "") -> Figures:
-    """One model in one dtype; JSON has no NaN and no infinity, so both become None.
+@dataclass(frozen=True)
+class Row:
+    """One implementation's errors against the oracle.
 
-    `note` says what was not judged, and why.
+    Attributes:
+        who: whose logits, with which attention.
+        reference: whether it is one of those that are right, by which the others are judged.
+        relative: relRMS of the logits; see `Difference`, as for the next eight.
+        flips: where the most likely token is not the oracle's.
+        same_bits: whether every logit equals that of the reference with the same attention; None where there
+            is no such reference.
+        by_layer: relRMS at each of the model's stages, from the embedding to the logits; NaN where a stage
+            was never computed, or has another shape.
+        by_position: relRMS of each group of `BIN` positions, by text.
+        failures: every criterion that is broken; none for a reference.
     """
-    return {
-        "model": model,
-        "dtype": dtype,
-        "positions": sum(case.positions.values()),
-        "texts": case.positions,
-        "bin": BIN,
-        "note": note,
-        "limits": {
-            "relative": _number(case.limits.relative),
-            "kl_mean": _number(case.limits.kl_mean),
-            "kl_max": _number(case.limits.kl_max),
-            "flip_margin": _number(case.limits.flip_margin),
-            "top1": case.limits.top1 or None,
-            "nll_change": _number(case.limits.nll_change),
-        },
-        "rows": [_row(row, case) for row in case.rows],
-    }
+
+    who: str
+    reference: bool
+    relative: float
+    rms: float
+    mean: float
+    max: float
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1: float
+    nll_change: float
+    flips: list[Flip]
+    same_bits: bool | None
+    by_layer: list[float]
+    by_position: dict[str, list[float]]
+    failures: list[str]
 
 
-def _row(row: Row, case: Case) -> Figures:
-    measured = row.measured
-    return {
-        "who": row.who,
-        "reference": row.reference,
-        "relative": _number(measured.relative),
-        "rms": _number(measured.rms),
-        "mean": _number(measured.mean),
-        "max": _number(measured.max),
-        "kl_mean": _number(measured.kl_mean),
-        "kl_p99": _number(measured.kl_p99),
-        "kl_max": _number(measured.kl_max),
-        "top1": _number(measured.top1),
-        "nll_change": _number(measured.nll_change),
-        "flips": _flips(measured, case.positions),
-        "same_bits": row.same_bits,
-        "by_layer": [_number(error) for error in row.by_layer],
-        "by_position": _curves(measured, case.positions),
-        "failures": list(row.failures),
-    }
+@dataclass(frozen=True)
+class Case:
+    """One model in one dtype: every implementation on the same texts.
+
+    Attributes:
+        model: its name.
+        dtype: of its weights and activations.
+        texts: how many positions of each text, by name.
+        note: what was not judged, and why.
+        limits: what the rows have to keep to.
+        rows: the references first.
+    """
+
+    model: str
+    dtype: str
+    texts: dict[str, int]
+    note: str
+    limits: Limits
+    rows: list[Row]
+
+    @property
+    def positions(self) -> int:
+        """Of all texts together."""
+        return sum(self.texts.values())
+
+    def worst_reference(self) -> float | None:
+        """R: the largest relRMS of the references; None where none is finite."""
+        errors = [row.relative for row in self.rows if row.reference]
+        return max((error for error in errors if math.isfinite(error)), default=None)
+
+    def times(self, error: float) -> float | None:
+        """An error in units of R; None without R."""
+        worst = self.worst_reference()
+        return error / worst if worst else None
+
+    def limit_times(self) -> float | None:
+        """The limit on relRMS in units of R; None where the limit does not depend on R."""
+        return None if self.dtype == "float64" else self.times(self.limits.relative)
+
+    @property
+    def failures(self) -> list[str]:
+        """Every broken criterion, with whose it is."""
+        return [f"{row.who}: {failure}" for row in self.rows for failure in row.failures]
 
 
-def _starts(positions: Mapping[str, int]) -> Iterable[tuple[str, int, int]]:
-    """Each text with its range of positions in the whole."""
-    start = 0
-    for text, count in positions.items():
-        yield text, start, start + count
-        start += count
+@dataclass(frozen=True)
+class Search:
+    """Where one implementation diverges first.
+
+    Attributes:
+        model: its name.
+        dtype: of its weights and activations.
+        who: the implementation.
+        text: what was searched last.
+        found: the first divergence; None where there is none.
+    """
+
+    model: str
+    dtype: str
+    who: str
+    text: str
+    found: Divergence | None
 
 
-def _flips(measured: Difference, positions: Mapping[str, int]) -> list[Figures]:
-    return [
-        {
-            "text": text,
-            "position": index - start,
-            "expected": measured.expected[index].item(),
-            "chosen": measured.chosen[index].item(),
-            "margin": _number(measured.margin[index].item()),
-        }
-        for text, start, end in _starts(positions)
-        for index in range(start, end)
-        if measured.flipped[index]
-    ]
+@dataclass
+class Report:
+    """Everything that was judged, in the order in which it was.
 
+    Attributes:
+        machine: what it was measured on, and when.
+        cases: logits.
+        continuations: generated ids.
+        gradients: of every weight.
+        notebook: the seed notebook's texts, generated again.
+        mutations: planted bugs.
+        searches: for the first divergence, where logits failed or the user asked for it.
+    """
 
-def _curves(measured: Difference, positions: Mapping[str, int]) -> dict[str, list[float | None]]:
-    """The relRMS of each group of BIN positions, text by text."""
+    machine: dict[str, str | int | None] = field(default_factory=dict)
+    cases: list[Case] = field(default_factory=list)
+    continuations: list[Continuations] = field(default_factory=list)
+    gradients: list[Gradients] = field(default_factory=list)
+    notebook: list[Notebook] = field(default_factory=list)
+    mutations: list[Trial] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
 
-    def curve(squared: Tensor, truth: Tensor) -> list[float | None]:
-        groups = zip(squared.split(BIN), truth.split(BIN), strict=True)
-        return [_number((error.mean() / size.mean()).sqrt().item()) for error, size in groups]
+    @property
+    def failures(self) -> list[str]:
+        """Every failure in one line."""
+        parts: list[Case | Continuations | Gradients | Notebook]
+        parts = [*self.cases, *self.continuations, *self.gradients, *self.notebook]
+        lines = [f"{part.model} {part.dtype}: {failure}" for part in parts for failure in part.failures]
+        return lines + [
+            f"mutation {trial.name}: judged wrongly" for trial in self.mutations if not trial.right
+        ]
 
-    return {
-        text: curve(measured.squared[start:end], measured.truth_squared[start:end])
-        for text, start, end in _starts(positions)
-    }
-
-
-def continuation_figures(model: str, dtype: str, what: str, rows: list[Continuations]) -> Figures:
-    """Several calls of `generate` that are told together."""
-    return {
-        "model": model,
-        "dtype": dtype,
-        "what": what,
-        "calls": len(rows),
-        "ids": sum(row.ids for row in rows),
-        "flips": [
-            {
-                "settings": row.settings,
-                "prompt": flip.row,
-                "step": flip.step,
-                "expected": flip.theirs,
-                "chosen": flip.ours,
-                "margin": _number(flip.margin),
-                "limit": _number(flip.limit),
-                "near_tie": flip.near_tie,
-            }
-            for row in rows
-            for flip in row.flips
-        ],
-        "failures": [failure for row in rows for failure in row.failures],
-    }
-
-
-def gradient_figures(model: str, dtype: str, positions: int, rows: list[WeightGradient]) -> Figures:
-    """Every weight's gradient, in one line: the weight that is nearest to its limit."""
-    worst = max(rows, key=lambda row: row.error / row.limit if row.limit else math.inf)
-    return {
-        "model": model,
-        "dtype": dtype,
-        "positions": positions,
-        "weights": len(rows),
-        "same_bits": sum(row.same_bits for row in rows),
-        "worst": {
-            "weight": worst.weight,
-            "relative": _number(worst.error),
-            "reference": _number(worst.reference),
-            "limit": _number(worst.limit),
-        },
-        "failures": [
-            f"gradient of {row.weight}: relRMS {row.error:.2e} is over 2 R = {row.limit:.2e}"
-            for row in rows
-            if not row.passed
-        ],
-    }
-
-
-def trial_figures(trial: Trial) -> Figures:
-    """One mutation: what the gate and the search made of it."""
-    mutation, found = trial.mutation, trial.found
-    return {
-        "name": mutation.name,
-        "harmless": mutation.address is None,
-        "score": _number(trial.score),
-        "passed": trial.passed,
-        "address": found and found.address,
-        "suspect": found and found.suspect,
-        "right": trial.right,
-    }
-
-
-def divergence_figures(model: str, dtype: str, who: str, text: str, found: Divergence | None) -> Figures:
-    """What a search found in one implementation."""
-    place = None
-    if found is not None:
-        place = {
-            "address": found.address,
-            "relative": _number(found.error),
-            "reference": _number(found.reference),
-            "limit": _number(found.limit),
-            "shape": list(found.shape),
-            "place": list(found.place),
-            "got": _number(found.got),
-            "expected": _number(found.expected),
-            "theirs": _number(found.theirs),
-            "suspect": found.suspect,
-            "path": [
-                {
-                    "address": step.address,
-                    "relative": _number(step.error),
-                    "reference": _number(step.reference),
-                    "limit": _number(step.limit),
-                }
-                for step in found.path
-            ],
-        }
-    return {"model": model, "dtype": dtype, "who": who, "text": text, "found": place}
-
-
-def concluded(figures: Figures) -> Figures:
-    """The figures with the verdict: `passed`, and every failure in one line."""
-    lines = _failures(figures)
-    return {"passed": not lines, "failures": lines, **figures}
-
-
-def _failures(figures: Figures) -> list[str]:
-    lines = []
-    for case in figures["cases"]:
-        for row in case["rows"]:
-            lines += [
-                f"{case['model']} {case['dtype']}: {row['who']}: {failure}" for failure in row["failures"]
-            ]
-    for section in ("continuations", "gradients", "notebook"):
-        for part in figures[section]:
-            lines += [f"{part['model']} {part['dtype']}: {failure}" for failure in part["failures"]]
-    lines += [
-        f"mutation {trial['name']}: judged wrongly" for trial in figures["mutations"] if not trial["right"]
-    ]
-    return lines
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures

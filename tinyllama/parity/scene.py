@@ -1,4 +1,4 @@
-"""What is known where a value diverges, and how far one value is from another."""
+"""The values around a divergence, and how far one value is from another."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The right formula first, under the name "", then one per mistake.
+# Pairs of a name and a value: the right formula first, under the name "", then one per mistake.
 Suspects = Iterator[tuple[str, Tensor]]
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """RMS error over the RMS of the truth; inf for another shape, another mask (-inf), or NaN."""
+    """RMS error over the RMS of the truth; inf where shape or mask (-inf) differ, and for NaN."""
     if value.shape != truth.shape:
         return math.inf
     value, visible = value.to(torch.float64), truth != -math.inf
@@ -31,13 +31,13 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is known where a value diverges.
+    """The values around a divergence.
 
     Attributes:
-        address: of the value.
-        seen: what the diverging implementation computed, by address and in float64: its values in the layer,
-            and under "input" what went into the layer (or, outside the layers, into the operation). Scores
-            that are masked are -inf.
+        address: where the values differ first.
+        seen: values of the implementation in question, by address and in float64: those of the layer, and
+            under "input" what went into the layer (or, outside the layers, into the operation). Masked scores
+            are -inf.
         config: of the right model, as for `oracle_logits`.
         weights: of the right model, as for `oracle_logits`.
         ids: the text.
@@ -64,7 +64,7 @@ class Scene:
         return name if name == "input" else ".".join([*self.address.split(".")[:2], name])
 
     def __contains__(self, name: str) -> bool:
-        """Whether that value of the layer was seen."""
+        """Whether that value of the layer is known."""
         return self.path(name) in self.seen
 
     def __getitem__(self, name: str) -> Tensor:
@@ -81,7 +81,7 @@ class Scene:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to another dtype, in float64."""
+    """Round to another dtype, and return to float64."""
     return x.to(dtype).to(torch.float64)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from tinyllama.parity.fixture import random_ids, unit_gain_
 from tinyllama.parity.texts import PROMPTS
 from tinyllama.text.tokenizer import Tokenizer
 
-# Widest first: the random shape is rounded from one to the next.
+# Widest first, because the weights of a random shape are rounded from one to the next.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 SHAPE_POSITIONS = 128
 
@@ -31,82 +31,43 @@ class Extent:
     """How much is compared.
 
     Attributes:
-        dtypes: of weights and activations.
+        dtypes: of weights and activations, from the widest to the narrowest.
         positions: of each bundled text.
-        long: of the English one once more, in float32: nearly TinyLlama's context of 2,048; 0 leaves it out.
         prompts: how many are continued.
         greedy_ids: how many tokens each greedy continuation has.
         seeds: how many samples are drawn under each of the settings.
         sampled_ids: how many tokens each sample has.
+        long: positions of a longer English text, in float32: nearly TinyLlama's context of 2,048. 0: none.
         gradients: whether the gradient of every weight is compared.
     """
 
     dtypes: tuple[str, ...]
     positions: int
-    long: int
     prompts: int
     greedy_ids: int
     seeds: int
     sampled_ids: int
-    gradients: bool
+    long: int = 0
+    gradients: bool = False
 
 
-FULL = Extent(
-    DTYPES, positions=256, long=2040, prompts=10, greedy_ids=40, seeds=20, sampled_ids=8, gradients=True
-)
+FULL = Extent(DTYPES, 256, prompts=10, greedy_ids=40, seeds=20, sampled_ids=8, long=2040, gradients=True)
 # More positions than matvec.c takes at once: the rest of each text goes through it; see `fast.pieces`.
-LARGE = Extent(DTYPES, positions=40, long=0, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3, gradients=False)
-QUICK = Extent(
-    ("float32", "bfloat16"),
-    positions=64,
-    long=0,
-    prompts=4,
-    greedy_ids=8,
-    seeds=2,
-    sampled_ids=4,
-    gradients=False,
-)
-# A model with more parameters than this is large: memory and minutes.
+LARGE = Extent(DTYPES, 40, prompts=2, greedy_ids=6, seeds=1, sampled_ids=3)
+QUICK = Extent(("float32", "bfloat16"), 64, prompts=4, greedy_ids=8, seeds=2, sampled_ids=4)
+# Of a model with more parameters than this, only LARGE is compared: more would need much memory and time.
 LARGE_PARAMETERS = 500_000_000
-
-
-class Subject(Protocol):
-    """A model to be compared."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in the results."""
-
-    @property
-    def parameters(self) -> int:
-        """How many it has."""
-
-    @property
-    def trained(self) -> bool:
-        """Whether its weights mean something: what rounding them does to a random model says nothing."""
-
-    def model(self, dtype: str) -> Llama:
-        """The model in that dtype; asked for from the widest to the narrowest, one at a time."""
-
-    def texts(self, extent: Extent) -> Texts:
-        """Ids by text."""
-
-    def long_text(self, extent: Extent) -> list[int]:
-        """Ids that nearly fill the context; none where the extent has none."""
-
-    def prompts(self) -> list[list[int]]:
-        """Ids to be continued."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, on the bundled texts or on given ones.
+    """A checkpoint folder.
 
     Attributes:
-        name: as it is called in the results.
+        name: its name in the report.
         folder: the checkpoint.
         tokenizer: its tokenizer.
-        own_texts: given ones, by name; None takes the bundled ones.
+        own_texts: the user's texts, by name; None takes the bundled ones.
         official: whether it is the model of the seed notebook.
         device: where it runs.
     """
@@ -117,12 +78,13 @@ class Checkpoint:
     own_texts: Mapping[str, str] | None = None
     official: bool = False
     device: str = "cpu"
-    trained: ClassVar[bool] = True
+    # Its weights mean something, so the cost of rounding them does.
+    trained = True
 
-    @property
-    def parameters(self) -> int:
-        """From its config."""
-        return sum(read_config(self.folder).parameters.values())
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """Its shape."""
+        return read_config(self.folder)
 
     def model(self, dtype: str) -> Llama:
         """Load it; float64 holds float32's weights, so that one truth serves both."""
@@ -130,15 +92,16 @@ class Checkpoint:
         return load_model(self.folder, device=self.device, dtype=stored).to(getattr(torch, dtype))
 
     def texts(self, extent: Extent) -> Texts:
-        """Cut to the extent, a text of one's own to the context.
+        """The bundled texts, cut to the extent, or the user's, cut to the context.
 
         Raises:
             InputError: a text has too few tokens for a next one.
         """
+        context = self.config.max_position_embeddings
         if self.own_texts is None:
-            length = min(extent.positions, self._context)
+            length = min(extent.positions, context)
             return {name: texts.encoded(self.tokenizer, name, length) for name in texts.NAMES}
-        own = {name: self.tokenizer.encode(text)[: self._context] for name, text in self.own_texts.items()}
+        own = {name: self.tokenizer.encode(text)[:context] for name, text in self.own_texts.items()}
         for name, ids in own.items():
             if len(ids) < 2:
                 raise InputError(
@@ -147,16 +110,12 @@ class Checkpoint:
         return own
 
     def long_text(self, extent: Extent) -> list[int]:
-        """More of the English text."""
-        length = min(extent.long, self._context)
+        """More of the English text; empty where the user gave texts."""
+        length = min(extent.long, self.config.max_position_embeddings)
         return [] if self.own_texts else texts.encoded(self.tokenizer, "english", length)
 
-    @property
-    def _context(self) -> int:
-        return read_config(self.folder).max_position_embeddings
-
     def prompts(self) -> list[list[int]]:
-        """The same for every model."""
+        """The ids of the bundled beginnings."""
         return [self.tokenizer.encode(prompt) for prompt in PROMPTS]
 
 
@@ -166,30 +125,28 @@ class Shape:
     trained = False
 
     def __init__(self, name: str, config: LlamaConfig, device: str = "cpu") -> None:
-        self.name, self._config, self._device = name, config, device
+        self.name, self.config, self._device = name, config, device
         self._model: Llama | None = None
 
-    @property
-    def parameters(self) -> int:
-        """From its config."""
-        return sum(self._config.parameters.values())
-
     def model(self, dtype: str) -> Llama:
-        """The one model, in place."""
+        """The one model, in place; ask from the widest dtype to the narrowest."""
         if self._model is None:
             with torch.device("meta"):
-                model = Llama(self._config)
+                model = Llama(self.config)
             self._model = unit_gain_(model.to_empty(device="cpu")).eval().to(self._device)
         return self._model.to(getattr(torch, dtype))
 
     def texts(self, extent: Extent) -> Texts:
         """Random ids."""
-        return {"random ids": random_ids(SHAPE_POSITIONS, self._config.vocab_size)}
+        return {"random ids": random_ids(SHAPE_POSITIONS, self.config.vocab_size)}
 
     def long_text(self, extent: Extent) -> list[int]:
-        """None: random weights read nothing."""
+        """Empty: random weights read nothing."""
         return []
 
     def prompts(self) -> list[list[int]]:
         """Random ids."""
-        return [random_ids(8, self._config.vocab_size, seed) for seed in range(len(PROMPTS))]
+        return [random_ids(8, self.config.vocab_size, seed) for seed in range(len(PROMPTS))]
+
+
+Subject = Checkpoint | Shape

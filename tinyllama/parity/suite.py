@@ -1,9 +1,10 @@
-"""All that `make parity` judges, collected into one dictionary of figures."""
+"""All that `make parity` judges, one thing after another, collected into a report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ import torch
 from tinyllama.attention import Kernel
 from tinyllama.device import machine
 from tinyllama.errors import InputError
+from tinyllama.generation import generate
 from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
-from tinyllama.parity import report
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
-from tinyllama.parity.continuations import SETTINGS, compare_continuations
+from tinyllama.parity.continuations import SETTINGS, Continuations, compare_continuations
 from tinyllama.parity.divergence import Divergence, Run, bisect
 from tinyllama.parity.fast import (
     Dequantised,
@@ -24,13 +25,15 @@ from tinyllama.parity.fast import (
     fast_layers,
     fast_run,
     products,
+    swapped,
 )
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
-from tinyllama.parity.gradients import compare_gradients
+from tinyllama.parity.gradients import Gradients, compare_gradients
 from tinyllama.parity.measure import INT8_LIMITS, Limits
-from tinyllama.parity.mutations import try_mutations
-from tinyllama.parity.notebook import notebook_failures
+from tinyllama.parity.mutations import MUTATIONS, Mutation, try_mutations
+from tinyllama.parity.notebook import Notebook, notebook_failures
 from tinyllama.parity.reference import Right
+from tinyllama.parity.report import Report, Search
 from tinyllama.parity.subjects import Checkpoint, Extent, Subject, Texts
 from tinyllama.parity.trace import Trace, stages
 
@@ -39,26 +42,22 @@ WIDE = ("float64", "float32")
 # Tokens in which a divergence is looked for first: most show on few.
 SEARCHED = 128
 GRADIENT_POSITIONS = 64
-# Of random weights rounded to 8 bits: the whole oracle once more, on weights that are larger than most.
+# With the weights rounded to 8 bits the oracle has to run again: on fewer positions of a random model.
 RANDOM_INT8_POSITIONS = 64
 RANDOM_NOTE = "Random weights: what rounding them does to the predictions says nothing, and is not judged."
 INDIVISIBLE_NOTE = "8-bit weights are not judged: they need rows that are a multiple of 64."
 
 
 class Suite:
-    """Judges one thing after another.
-
-    Attributes:
-        figures: the results so far; see `tinyllama.parity.report`.
-    """
+    """Judges one thing after another; `report` has the results so far."""
 
     def __init__(self, search: bool = False, done: Callable[[str], object] = lambda what: None) -> None:
         """Tell `done` of each step; look for divergences where logits fail, or (`search`) everywhere."""
         self._search, self._done = search, done
-        self.figures: report.Figures = {"machine": machine(), **{name: [] for name in report.SECTIONS}}
+        self.report = Report(machine())
 
     def judge(self, subject: Subject, kernels: Mapping[str, Kernel], extent: Extent) -> None:
-        """Judge our kernels by transformers; with our own two, the fast layers and generated ids as well.
+        """Judge our kernels by transformers; with our own two, also the fast layers and generated ids.
 
         Args:
             subject: the model.
@@ -72,7 +71,7 @@ class Suite:
             model = subject.model(dtype)
             if dtype not in WIDE or not truth:
                 truth = truths(model, texts)
-            self._compare_with_transformers(subject.name, dtype, model, REFERENCES, kernels, texts, truth)
+            self._compare_with_transformers(subject.name, model, REFERENCES, kernels, texts, truth)
             if dtype == "float32" and kernels == KERNELS:
                 if divisible(model):
                     self._judge_int8(subject, model, texts, truth)
@@ -86,25 +85,21 @@ class Suite:
         Raises:
             InputError: their vocabularies differ.
         """
+        if subject.config.vocab_size != other.config.vocab_size:
+            raise InputError(
+                f"{subject.name}: expected {other.name}'s vocabulary of {other.config.vocab_size} ids, "
+                f"got {subject.config.vocab_size}; compare models that share a tokenizer"
+            )
+        texts = other.texts(extent)
         for dtype in extent.dtypes:
             self._done(f"{subject.name} {dtype}")
             right, model = other.model(dtype), subject.model(dtype)
-            if model.config.vocab_size != right.config.vocab_size:
-                raise InputError(
-                    f"{subject.name}: expected {other.name}'s vocabulary of {right.config.vocab_size} ids, "
-                    f"got {model.config.vocab_size}; compare models that share a tokenizer"
-                )
-            texts = other.texts(extent)
-            self._compare(
-                f"{subject.name} against {other.name}",
-                dtype,
-                {f"transformers {name} ({other.name})": reference_run(right, name) for name in REFERENCES},
-                {f"tinyllama {name}": kernel_run(model, kernel) for name, kernel in kernels.items()},
-                texts,
-                truths(right, texts),
-                {},
-                right,
-            )
+            references = {
+                f"transformers {name} ({other.name})": reference_run(right, name) for name in REFERENCES
+            }
+            candidates = {f"tinyllama {name}": kernel_run(model, kernel) for name, kernel in kernels.items()}
+            name = f"{subject.name} against {other.name}"
+            self._compare(name, right, references, candidates, texts, truths(right, texts))
 
     def judge_kernel(
         self, subject: Subject, names: tuple[str, str], kernel: Kernel, other: Kernel, extent: Extent
@@ -118,29 +113,29 @@ class Suite:
             other: the one that is right.
             extent: how much of it.
         """
+        name, reference = names[0], f"reference: {names[1]}"
+        texts, at = subject.texts(extent), stages(subject.config.num_hidden_layers)
         for dtype in extent.dtypes:
             self._done(f"{subject.name} {dtype}")
             model = subject.model(dtype)
             true = kernel_run(deepcopy(model).to(torch.float64), other)
-            texts, at = subject.texts(extent), stages(model.config.num_hidden_layers)
             self._compare(
-                f"{subject.name}, {names[0]} against {names[1]}",
-                dtype,
-                {f"reference: {names[1]}": kernel_run(model, other)},
-                {names[0]: kernel_run(model, kernel)},
-                texts,
-                {name: true(ids, at) for name, ids in texts.items()},
-                {names[0]: f"reference: {names[1]}"},
+                f"{subject.name}, {name} against {names[1]}",
                 model,
-                true,
+                {reference: kernel_run(model, other)},
+                {name: kernel_run(model, kernel)},
+                texts,
+                {text: true(ids, at) for text, ids in texts.items()},
+                partners={name: reference},
+                true=true,
             )
 
-    def judge_fixture(self) -> None:
-        """The proof that all this can fail: every planted bug is found; and the fixture's gradients."""
+    def judge_fixture(self, mutations: Sequence[Mutation] = MUTATIONS) -> None:
+        """Show that all this can fail: every planted bug is found; and judge the fixture's gradients."""
         self._done("planted bugs")
-        self.figures["mutations"] = [report.trial_figures(trial) for trial in try_mutations()]
+        self.report.mutations += try_mutations(mutations)
         model = fixture()
-        self._gradients("unit-gain fixture", model, random_ids(LENGTH, model.config.vocab_size))
+        self._judge_gradients("unit-gain fixture", model, random_ids(LENGTH, model.config.vocab_size))
 
     def _judge_int8(self, subject: Subject, model: Llama, texts: Texts, truth: Mapping[str, Trace]) -> None:
         """8-bit weights: the computation with them, and what rounding them does to a trained model."""
@@ -151,37 +146,34 @@ class Suite:
         references = {
             f"transformers {one}": dequantised_reference_run(model, layers, one) for one in REFERENCES
         }
-        note = "" if subject.trained else RANDOM_NOTE
-        if subject.trained:
-            run = _remembered(run)
-        else:
+        if not subject.trained:
             texts = {text: ids[:RANDOM_INT8_POSITIONS] for text, ids in texts.items()}
-        true = truths(right, texts)
-        self._compare(name, "float32", references, {who: run}, texts, true, {}, right, note=note)
-        if subject.trained:
-            name += " against the full ones"
-            # Not searched: every matrix diverges, by its rounding.
-            self._compare(name, "float32", {}, {who: run}, texts, truth, {}, None, limit=INT8_LIMITS)
+            self._compare(name, right, references, {who: run}, texts, truths(right, texts), note=RANDOM_NOTE)
+            return
+        run = _remembered(run)
+        self._compare(name, right, references, {who: run}, texts, truths(right, texts))
+        name += " against the full ones"
+        self._compare(name, model, {}, {who: run}, texts, truth, limit=INT8_LIMITS)
 
     def _judge_more(self, subject: Subject, model: Llama, extent: Extent) -> None:
-        """What is judged in float32 only: a long text, generated ids, gradients."""
+        """What is judged in float32 only: a long text, generated ids, gradients, the notebook's texts."""
         if ids := subject.long_text(extent):
-            # By one kernel: the textbook's scores of a long text take a minute.
-            name, texts, long = f"{subject.name}, long text", {"english": ids}, {"sdpa": KERNELS["sdpa"]}
-            self._compare_with_transformers(name, "float32", model, long, long, texts, truths(model, texts))
-        self._generate(subject, model, extent)
+            # By one kernel, because the scores that eager keeps of a long text take a minute.
+            name, texts, kernels = f"{subject.name}, long text", {"english": ids}, {"sdpa": KERNELS["sdpa"]}
+            self._compare_with_transformers(name, model, kernels, kernels, texts, truths(model, texts))
+        if extent.prompts:
+            self._judge_continuations(subject, model, extent)
         if extent.gradients:
             (ids, *_) = subject.texts(extent).values()
-            self._gradients(subject.name, model, ids)
+            self._judge_gradients(subject.name, model, ids)
         if isinstance(subject, Checkpoint) and subject.official:
             self._done(f"{subject.name}, the notebook's texts")
             failures = notebook_failures(model, subject.tokenizer)
-            self.figures["notebook"].append({"model": subject.name, "dtype": "float32", "failures": failures})
+            self.report.notebook.append(Notebook(subject.name, "float32", failures))
 
     def _compare_with_transformers(
         self,
         name: str,
-        dtype: str,
         model: Llama,
         references: Iterable[str],
         kernels: Mapping[str, Kernel],
@@ -189,101 +181,102 @@ class Suite:
         truth: Mapping[str, Trace],
     ) -> None:
         candidates = {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()}
-        if kernels == KERNELS and dtype != "float64":
-            candidates[f"tinyllama stored{products(model, 'stored')}"] = fast_run(
-                model, fast_layers(model, "stored")
-            )
-        indivisible = kernels == KERNELS and dtype == "float32" and not divisible(model)
-        self._compare(
-            name,
-            dtype,
-            {f"transformers {one}": reference_run(model, one) for one in references},
-            candidates,
-            texts,
-            truth,
-            {f"tinyllama {one}": f"transformers {one}" for one in references},
-            model,
-            note=INDIVISIBLE_NOTE if indivisible else "",
-        )
+        note = ""
+        if kernels == KERNELS and model.dtype != torch.float64:
+            who = f"tinyllama stored{products(model, 'stored')}"
+            candidates[who] = fast_run(model, fast_layers(model, "stored"))
+            if model.dtype == torch.float32 and not divisible(model):
+                note = INDIVISIBLE_NOTE
+        theirs = {f"transformers {one}": reference_run(model, one) for one in references}
+        partners = {who.replace("transformers", "tinyllama"): who for who in theirs}
+        self._compare(name, model, theirs, candidates, texts, truth, partners=partners, note=note)
 
     def _compare(
         self,
         name: str,
-        dtype: str,
+        right: Right,
         references: dict[str, Run],
         candidates: dict[str, Run],
         texts: Texts,
         truth: Mapping[str, Trace],
-        partners: Mapping[str, str],
-        right: Right | None,
+        *,
+        partners: Mapping[str, str] | None = None,
         true: Run | None = None,
         limit: Limits | None = None,
         note: str = "",
     ) -> None:
-        """One case; without a `right` model, nothing is searched."""
+        """Judge one case, and look for divergences; the arguments are those of `compare_runs` and `bisect`.
+
+        With a limit of its own (what rounding the weights may cost) nothing is looked for: every matrix
+        diverges by its rounding.
+        """
         case = compare_runs(
             references,
             candidates,
             texts,
             truth,
-            getattr(torch, dtype),
+            right.dtype,
             partners,
-            lambda what: self._done(f"{name} {dtype}, {what}"),
-            limit,
+            done=lambda what: self._done(f"{name}, {what}"),
+            limit=limit,
+            model=name,
+            note=note,
         )
-        self.figures["cases"].append(report.case_figures(name, dtype, case, note))
+        self.report.cases.append(case)
         for row in case.rows:
-            if right and (row.failures or (self._search and row.who in candidates)):
-                self._done(f"{name} {dtype}, {row.who}: where does it diverge?")
-                text, found = _first_divergence(
-                    candidates[row.who], right, texts, list(references.values()), true
-                )
-                self.figures["searches"].append(report.divergence_figures(name, dtype, row.who, text, found))
+            if not limit and (row.failures or (self._search and not row.reference)):
+                self._done(f"{name} {case.dtype}, {row.who}: where does it diverge?")
+                run, rounding = candidates[row.who], list(references.values())
+                text, found = _first_divergence(run, right, texts, rounding, true)
+                self.report.searches.append(Search(name, case.dtype, row.who, text, found))
 
-    def _generate(self, subject: Subject, model: Llama, extent: Extent) -> None:
-        """Greedy in a batch and alone, sampled alone and in a batch."""
+    def _judge_continuations(self, subject: Subject, model: Llama, extent: Extent) -> None:
+        """Greedy and sampled ids, alone and in a batch."""
         prompts = subject.prompts()[: extent.prompts]
+        batch = f"batch of {len(prompts)}"
 
-        def compare(what: str, calls: Sequence[tuple[list[list[int]], dict[str, Any]]], count: int) -> None:
+        def compare(what: str, count: int, calls: Sequence[tuple[list[list[int]], dict[str, Any]]]) -> None:
             self._done(f"{subject.name}, {what}")
-            rows = [compare_continuations(model, batch, count, **how) for batch, how in calls]
-            self.figures["continuations"].append(
-                report.continuation_figures(subject.name, "float32", what, rows)
+            flips = [
+                flip for prompts, how in calls for flip in compare_continuations(model, prompts, count, **how)
+            ]
+            ids = count * sum(len(prompts) for prompts, _ in calls)
+            self.report.continuations.append(
+                Continuations(subject.name, "float32", what, len(calls), ids, flips)
             )
 
-        many = f"batch of {len(prompts)}"
-        compare(f"greedy, {many}", [(prompts, {"attention": "eager"})], extent.greedy_ids)
-        compare("greedy, alone", [([prompt], {}) for prompt in prompts], extent.greedy_ids)
-        seeds = range(extent.seeds)
+        compare(f"greedy, {batch}", extent.greedy_ids, [(prompts, {"attention": "eager"})])
+        compare("greedy, alone", extent.greedy_ids, [([prompt], {}) for prompt in prompts])
+        layers = fast_layers(model, "stored")
+
+        def stored(*args: Any, **how: Any) -> list[list[int]]:
+            with swapped(model, layers):
+                return generate(*args, **how)
+
+        compare("greedy, stored", extent.greedy_ids, [([prompt], {"ours": stored}) for prompt in prompts])
         alone = [
-            ([prompts[seed % len(prompts)]], {"seed": seed, **how}) for how in SETTINGS for seed in seeds
+            ([prompts[seed % len(prompts)]], {"seed": seed, **how})
+            for how in SETTINGS
+            for seed in range(extent.seeds)
         ]
-        compare("sampled, alone", alone, extent.sampled_ids)
-        # Without a repetition penalty: transformers also applies it to the padding.
+        compare("sampled, alone", extent.sampled_ids, alone)
+        # Without a repetition penalty, which transformers also applies to the padding.
         penalty_free = [how for how in SETTINGS if "repetition_penalty" not in how]
         batched = [
             (prompts, {"seed": seed, "attention": "eager", **how}) for seed, how in enumerate(penalty_free)
         ]
-        compare(f"sampled, {many}", batched, extent.sampled_ids)
+        compare(f"sampled, {batch}", extent.sampled_ids, batched)
 
-    def _gradients(self, name: str, model: Llama, ids: list[int]) -> None:
+    def _judge_gradients(self, name: str, model: Llama, ids: list[int]) -> None:
         self._done(f"{name}, gradients")
         ids = ids[:GRADIENT_POSITIONS]
-        rows = compare_gradients(model, ids)
-        self.figures["gradients"].append(report.gradient_figures(name, "float32", len(ids), rows))
+        self.report.gradients.append(Gradients(name, "float32", len(ids), compare_gradients(model, ids)))
 
 
 def _remembered(run: Run) -> Run:
-    """The same, each text once: two cases read its values."""
-    known: dict[tuple[tuple[int, ...], tuple[str, ...]], Trace] = {}
-
-    def once(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
-        key = (tuple(ids), tuple(addresses))
-        if key not in known:
-            known[key] = run(ids, addresses)
-        return known[key]
-
-    return once
+    """Run each text once, because two cases read its values."""
+    once = cache(lambda ids, addresses: run(ids, addresses))
+    return lambda ids, addresses: once(tuple(ids), tuple(addresses))
 
 
 @torch.no_grad()
@@ -292,13 +285,11 @@ def _first_divergence(
 ) -> tuple[str, Divergence | None]:
     """Search the texts' beginnings, then whole texts; returns what was searched last, and what was found."""
     long = {name: ids for name, ids in texts.items() if len(ids) > SEARCHED}
-    searched = [
-        (f"{name}, first {SEARCHED} tokens" if name in long else name, ids[:SEARCHED])
+    beginnings = {
+        f"{name}, first {SEARCHED} tokens" if name in long else name: ids[:SEARCHED]
         for name, ids in texts.items()
-    ]
-    searched += long.items()
-    for name, ids in searched:
-        found = bisect(run, right, ids, references, true)
-        if found is not None:
+    }
+    for name, ids in (beginnings | long).items():
+        if found := bisect(run, right, ids, references, true):
             return name, found
     return "all texts", None

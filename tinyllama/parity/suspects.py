@@ -1,8 +1,8 @@
-"""Which well-known mistake gives these values? Each suspect is a formula that is tried, not a guess.
+"""Which well-known mistake explains a value that diverges.
 
-Where a value diverges, the values that went into it are known. So every mistake is computed in float64 from
-the same inputs, numbers (eps, RoPE's theta, the scale of the scores) are fitted, and a suspect is named only
-where it explains the observed values at least ten times better than the right formula does.
+The values that went into it are known, so every mistake is computed from them in float64; eps, theta and the
+scale of the scores are fitted. A suspect is named only where the error that it leaves is less than a tenth of
+what the right formula leaves.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from tinyllama.parity import attention_mistakes, mistakes
 from tinyllama.parity.scene import Scene, Suspects, relative_error
 
-# The error that a suspect leaves, as a share of the error that the right formula leaves.
+# A suspect may leave at most this share of the error that the right formula leaves.
 EXPLAINED = 0.1
-# A later suspect must be this much better than an earlier one: some are special cases of one another.
+# A later suspect must leave at most this share of the error of an earlier one, which may be a special case.
 BETTER = 0.5
 
 # By the last part of the address.
@@ -35,13 +35,13 @@ FORMULAS: dict[str, Callable[[Scene], Suspects]] = {
 
 
 def formulas(scene: Scene) -> Suspects:
-    """All that is tried at a place: the right formula under the name "", then one per mistake."""
+    """The right formula of a place under the name "", then one formula per mistake."""
     block = scene.address.startswith("layers.") and scene.address.count(".") == 1
     return mistakes.block(scene) if block else FORMULAS[scene.name](scene)
 
 
 def suspect(scene: Scene) -> str | None:
-    """Name the mistake that explains the value, or None where no known one does, or its inputs are unseen."""
+    """Name the mistake that explains the value; None where no known one does or its inputs are not known."""
     found, least = None, math.inf
     try:
         for name, value in formulas(scene):
@@ -52,6 +52,6 @@ def suspect(scene: Scene) -> str | None:
                     break
             elif error < least:
                 found, least = name, BETTER * error
-    except KeyError:  # an input that was not seen: what was tried before it counts
+    except KeyError:  # an input is not known; what was found before that counts
         pass
     return found

@@ -1,6 +1,6 @@
-"""The values inside a forward pass, by address: ours and those of transformers, under the same names.
+"""The values inside a forward pass, by address: ours, and those of transformers under the same addresses.
 
-An address is a module path of ours. The oracle fills the same ones (`oracle_logits(..., trace=...)`), so that
+An address is a module path of our model. The oracle knows the same ones (`oracle_logits(..., trace=...)`), so
 three implementations can be compared value by value, in the order of the computation.
 """
 
@@ -38,25 +38,25 @@ OPERATIONS = (
     "mlp.down_proj",
 )
 
-# Address -> value. None: the pass never came there.
+# Address -> value; None where the pass never came there.
 Trace = dict[str, Tensor | None]
 
 
 def stages(layers: int) -> list[str]:
-    """The addresses between embedding and logits, block by block: where a search begins."""
+    """The addresses from the embedding to the logits, block by block: a search begins with these."""
     return ["embed_tokens", *(f"layers.{layer}" for layer in range(layers)), "norm", "lm_head"]
 
 
 def operations(layer: int) -> list[str]:
-    """The addresses within one layer."""
+    """The addresses within one layer, in the order of the computation."""
     return [f"layers.{layer}.{name}" for name in OPERATIONS]
 
 
 @contextmanager
 def watch(model: nn.Module, addresses: Iterable[str]) -> Iterator[Trace]:
-    """Collect the outputs of the modules at these paths, and leave no hook behind.
+    """Collect the outputs of the modules at these paths while the block runs.
 
-    A module path that does not exist, and one that is never called, keep None.
+    The value is None for a path that does not exist and for a module that is never called.
     """
     seen: Trace = dict.fromkeys(addresses)
 
@@ -69,7 +69,7 @@ def watch(model: nn.Module, addresses: Iterable[str]) -> Iterator[Trace]:
 
 @torch.no_grad()
 def our_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> Trace:
-    """Run our model on one text; values are without the batch axis, in the model's dtype."""
+    """Run our model on one text; values have no batch axis, and the model's dtype."""
     with watch(model, addresses) as seen:
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
     return _unbatched(seen)
@@ -79,7 +79,7 @@ def our_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> Tra
 def reference_trace(
     reference: transformers.LlamaForCausalLM, ids: Sequence[int], addresses: Iterable[str]
 ) -> Trace:
-    """The same of transformers' model; its sdpa attention has no scores and no pattern."""
+    """Run transformers' model on one text; its sdpa attention gives no scores and no pattern."""
     wanted = list(addresses)
     theirs = {their_path(address): address for address in wanted}
     with watch(reference, theirs) as outputs, _watch_inside(reference, wanted) as inside:
@@ -88,7 +88,7 @@ def reference_trace(
 
 
 def their_path(address: str) -> str:
-    """The module path that transformers has for one of ours."""
+    """The module path in transformers' model for an address of ours."""
     return address if address == "lm_head" else f"model.{address}"
 
 
@@ -98,7 +98,7 @@ def _unbatched(seen: Trace) -> Trace:
 
 @contextmanager
 def _watch_inside(reference: transformers.LlamaForCausalLM, wanted: list[str]) -> Iterator[Trace]:
-    """What is no module of transformers: rotated q and k, scores, pattern, z and the MLP's product."""
+    """Collect what no module of transformers gives out: q_rot, k_rot, scores, pattern, z, product."""
     seen: Trace = {}
 
     def keep(address: str, value: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Real text to compare on: English, code, Chinese, fourteen other languages; SOURCES.md says from where."""
+"""Real text to compare on: English, code, Chinese, fourteen other languages; SOURCES.md has their sources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(name: str) -> str:
 
 
 def encoded(tokenizer: Tokenizer, name: str, length: int) -> list[int]:
-    """The first `length` ids of a text, at most; of "scripts", as many of each language's paragraph."""
+    """At most the first `length` ids of a text; of "scripts", an equal share of each language's paragraph."""
     if name != "scripts":
         return tokenizer.encode(read(name))[:length]
     paragraphs = [tokenizer.encode(paragraph) for paragraph in read(name).split("\n\n")]
