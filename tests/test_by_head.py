@@ -20,13 +20,13 @@ B, T, H, L = 2, 7, 8, 4
 
 
 def window(q, k, v, context, size=3, step=1):
-    """The last few keys, of which every one, every second and so on."""
+    """The last few keys: every one, or every second and so on."""
     behind = context.visible.query_positions[:, :, None] - context.visible.key_positions[:, None, :]
     return eager(q, k, v, context.where(((behind < size * step) & (behind % step == 0))[:, None]))
 
 
 def flat(q, k, v, context):
-    """All visible keys alike; it has scores and a pattern, but the one does not follow from the other."""
+    """The mean of all visible keys; its pattern is no softmax of its scores."""
     visible = context.visible.mask.expand(-1, q.shape[1], -1, -1).to(q.dtype)
     context.scores(visible - 1)
     pattern = context.pattern(visible / visible.sum(-1, keepdim=True).clamp(min=1))
@@ -46,7 +46,7 @@ class Gain(nn.Module):
 
 KERNELS = [eager, sdpa, window, flat]
 TAPPED = [eager, window, flat]
-some_heads = pytest.mark.parametrize("heads", [[0], [7], [0, 3, 4], [6, 1], list(range(H))])
+some_heads = pytest.mark.parametrize("heads", [[0], [6, 1], list(range(H))])
 pairs = pytest.mark.parametrize(
     ("kernel", "others"), [(window, eager), (eager, sdpa), (sdpa, window), (flat, window)]
 )
@@ -106,7 +106,7 @@ def test_no_head_at_all_leaves_the_kernel_that_was_there():
     assert torch.equal(z, alone(window)[2])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.lists(st.tuples(st.sampled_from(KERNELS), st.sets(st.integers(0, H - 1))), max_size=4),
     st.sampled_from(KERNELS),
@@ -151,15 +151,6 @@ def test_an_unknown_layer_or_head_is_refused_and_nothing_is_changed(where, expec
     with pytest.raises(InputError, match=f"^{expected}$"):
         model.set_attention(window, **where)
     assert all(layer.self_attn.kernel is eager for layer in model.layers)
-
-
-def test_printing_the_model_shows_which_heads_attend_how():
-    model = tiny_model()
-    model.set_attention(partial(window, size=64), layers=[1], heads=[0, 3])
-    model.set_attention(sdpa, layers=[2], heads=[7])
-    text = str(model)
-    assert "kernel=window(size=64) in heads 0, 3, eager in the others" in text
-    assert "kernel=sdpa in heads 7, eager in the others" in text
 
 
 @pytest.mark.parametrize(
@@ -267,17 +258,7 @@ def test_every_weight_gets_a_gradient():
 # Scores and pattern, read and replaced
 
 
-@pytest.mark.parametrize(("kernel", "others"), [(window, eager), (eager, flat), (flat, window)])
-@some_heads
-def test_a_captured_pattern_has_each_head_by_its_own_kernel(kernel, others, heads):
-    model = mixed(kernel, heads, others)
-    for value, a, b in zip(
-        values_of(model, "scores", "pattern", "z"), alone(kernel), alone(others), strict=True
-    ):
-        assert torch.equal(value, joined(heads, a, b))
-
-
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(
     st.lists(st.tuples(st.sampled_from(TAPPED), st.sets(st.integers(0, H - 1))), min_size=1, max_size=3),
     st.sampled_from(TAPPED),
@@ -346,15 +327,6 @@ def test_where_no_kernel_has_a_pattern_that_is_said():
         values_of(mixed(sdpa, [0], sdpa), "pattern")
 
 
-def test_a_replacement_unlike_the_pattern_is_refused_under_two_kernels_too():
-    model = mixed(window, [0], eager)
-    with (
-        pytest.raises(InputError, match=r"^layers\.1\.self_attn\.pattern: expected a replacement like"),
-        patch(model, {"layers.1.self_attn.pattern": lambda x: x[:, :1]}),
-    ):
-        model(some_ids(B, T))
-
-
 def test_a_captured_pattern_has_the_gradient_of_every_head():
     grads = []
     for model in (with_kernel(eager), mixed(lambda *args: eager(*args), [0, 5], eager)):
@@ -416,13 +388,14 @@ def test_the_kernel_that_stays_for_the_others_keeps_its_weights():
 
 @pytest.mark.parametrize("heads", [None, [2, 6]])
 @pytest.mark.parametrize("how", ["assigned", "set"])
-def test_a_function_can_take_the_place_of_a_kernel_with_weights(how, heads):
+def test_a_function_or_another_module_can_replace_a_kernel_with_weights(how, heads):
     # A module's attribute would stay registered, and refuse the function.
     model = tiny_model()
     keys = list(model.state_dict())
-    for _ in range(2):  # and the other way round, again
+    for _ in range(2):  # and back again
+        model.set_attention(Gain(), layers=[1])
         model.set_attention(Gain(), layers=[1], heads=heads)
-        assert kernel_keys(model)
+        assert len(kernel_keys(model)) == (1 if heads is None else 2)
         if how == "assigned":
             model.layers[1].self_attn.kernel = window
         else:
@@ -430,14 +403,6 @@ def test_a_function_can_take_the_place_of_a_kernel_with_weights(how, heads):
         assert model.layers[1].self_attn.kernel is window
         assert list(model.state_dict()) == keys
         assert torch.equal(values_of(model, "z")[0], alone(window)[2])
-
-
-def test_one_kernel_with_weights_can_take_the_place_of_another():
-    model, first, second = tiny_model(), Gain(), Gain()
-    model.layers[1].self_attn.kernel = first
-    model.layers[1].self_attn.kernel = second
-    assert model.layers[1].self_attn.kernel is second
-    assert kernel_keys(model) == ["layers.1.self_attn.kernel.gain"]
 
 
 def test_a_kernel_with_weights_has_no_addresses_and_its_values_are_captured_as_any():
