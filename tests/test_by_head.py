@@ -101,11 +101,6 @@ def test_each_head_attends_by_its_own_kernel_to_the_bit(kernel, others, heads):
     assert not torch.equal(chosen, rest)
 
 
-def test_no_head_at_all_leaves_the_kernel_that_was_there():
-    (z,) = values_of(mixed(flat, [], window), "z")
-    assert torch.equal(z, alone(window)[2])
-
-
 @settings(deadline=None, max_examples=6)
 @given(
     st.lists(st.tuples(st.sampled_from(KERNELS), st.sets(st.integers(0, H - 1))), max_size=4),
@@ -173,14 +168,6 @@ def test_a_kernel_is_named_as_it_was_written_with_its_settings(kernel, name):
     assert f"kernel={name}\n" in str(model)
 
 
-def test_settings_of_a_partial_take_effect():
-    wide, narrow = partial(window, size=T), partial(window, size=1)
-    (z, v) = values_of(mixed(narrow, [3], wide), "z", "v_proj")
-    assert torch.equal(z[:, 3], v[:, :, :8])  # a token that sees itself only takes its own value (KV head 0)
-    rest = [head for head in range(H) if head != 3]
-    assert torch.equal(z[:, rest], alone(eager)[2][:, rest])
-
-
 # With a cache, padding, a compiler and gradients
 
 
@@ -244,15 +231,6 @@ def test_a_gradient_goes_through_each_heads_own_kernel():
     assert torch.equal(both[0], joined(heads, chosen[0], others[0]))
     for of_both, a, b in zip(both, chosen, others, strict=True):  # keys and values serve heads of both
         torch.testing.assert_close(of_both, a + b, atol=1e-6, rtol=1e-5)
-
-
-def test_every_weight_gets_a_gradient():
-    model = mixed(window, [0, 5], flat)
-    model.set_attention(Gain(), layers=[2], heads=[1])
-    model(some_ids(B, T)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert rms(parameter.grad) > 0, name
 
 
 # Scores and pattern, read and replaced

@@ -31,18 +31,8 @@ def attend(q, k, v, context, mask):
 
 
 @planted(shape=1)
-def tokens_before_heads(q, k, v, context):
-    return eager(q, k, v, context).transpose(1, 2)
-
-
-@planted(shape=1)
 def with_the_pattern(q, k, v, context):
     return eager(q, k, v, context), None
-
-
-@planted(shape=1)
-def without_a_batch(q, k, v, context):
-    return eager(q, k, v, context).squeeze(0)
 
 
 @planted(shape=2)
@@ -88,13 +78,6 @@ def normalised_over_the_text(q, k, v, context):
 @planted(cache=2, chunks=2, padding=1)
 def is_causal_always(q, k, v, context):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=context.scale, enable_gqa=True)
-
-
-@planted(cache=2, chunks=2, padding=1)
-def mask_by_index(q, k, v, context):
-    # arange(T) in place of the positions.
-    mask = torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None]
-    return attend(q, k, v, context, mask)
 
 
 @planted(cache=1, padding=1)
@@ -188,15 +171,6 @@ def filled_with_inf(q, k, v, context):
     return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 
-@planted(finite=1, gradient=1)
-def divided_by_an_empty_sum(q, k, v, context):
-    k, v = repeat_kv(q, k, v)
-    scores = (q @ k.transpose(2, 3) * context.scale).to(torch.promote_types(q.dtype, torch.float32))
-    largest = scores.masked_fill(~context.visible.mask, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
-    weights = (scores - largest.clamp(min=-1e4)).clamp(max=0).exp() * context.visible.mask
-    return (weights / weights.sum(-1, keepdim=True)).to(q.dtype) @ v
-
-
 @planted(finite=1)
 def inf_in_float16_alone(q, k, v, context):
     # -1e9 is a usual fill, and -inf in float16.
@@ -230,19 +204,6 @@ def branch_over_data(q, k, v, context):
 
 
 @planted(compile=8)
-def a_length_by_item(q, k, v, context):
-    S = int(context.visible.query_positions.max().item()) + 1
-    near = context.where(context.visible.key_positions[:, None, None, :] < S)
-    return sdpa(q, k, v, near) if S > 0 else eager(q, k, v, context)
-
-
-@planted(compile=8)
-def a_log_on_the_way(q, k, v, context):
-    torch._dynamo.graph_break()
-    return eager(q, k, v, context)
-
-
-@planted(compile=8)
 def doubled_when_compiled(q, k, v, context):
     return eager(q, k, v, context) * (2 if torch.compiler.is_compiling() else 1)
 
@@ -267,11 +228,6 @@ def narrows_the_mask_in_place(q, k, v, context):
 @planted(padding=1)
 def masks_all_rows_by_the_first(q, k, v, context):
     return eager(q, k, v, replace(context, visible=replace(context.visible, mask=context.visible.mask[:1])))
-
-
-@planted(groups=1)
-def reads_the_first_kv_head_only(q, k, v, context):
-    return eager(q, k[:, :1], v[:, :1], context)
 
 
 @planted(groups=1)

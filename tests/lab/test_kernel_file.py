@@ -245,15 +245,6 @@ def test_a_module_beside_the_file_hides_no_other(kernel_file, monkeypatch):
 
 
 @pytest.mark.usefixtures("clean_modules")
-def test_a_folder_that_is_in_the_path_already_keeps_its_place(kernel_file, monkeypatch, tmp_path):
-    # A script's own folder is the first.
-    monkeypatch.setattr(sys, "path", [str(tmp_path.resolve()), *sys.path])
-    before = list(sys.path)
-    load_kernel(f"{kernel_file(SETTABLE)}:f")
-    assert sys.path == before
-
-
-@pytest.mark.usefixtures("clean_modules")
 def test_two_files_have_each_their_own_module_beside_them(tmp_path):
     # `--attention old/mine.py:f new/mine.py:f`, to compare a kernel with what it was before.
     for number, name in enumerate(("old", "new")):

@@ -224,13 +224,9 @@ def test_the_sections_in_their_order():
     assert targets == {"#change-0", "#change-1", "#change-2"}
 
 
-def test_the_heading_says_what_was_tried_and_the_verdict():
-    everywhere = replace(a_card("window:size=64", 2.5), layers=[0, 1, 2, 3], heads=[0, 1, 2])
-    one_layer = replace(a_card("ablate", 9.0), layers=[3])
-    text = text_of(a_scorecard(everywhere, one_layer))
-    assert "window:size=64 in all 4 layers, all 3 heads; ablate in layer 3, heads 0, 2." in text
-    assert "✓ contract kept" in text
-    assert "✗ contract BROKEN" in text_of(a_scorecard())
+def test_the_heading_says_what_was_changed_and_the_verdict():
+    assert "✗ contract BROKEN Attention changed: window:size=64, ablate, leak." in text_of(a_scorecard())
+    assert "✓ contract kept" in text_of(a_scorecard(a_card("ablate", 9.0)))
 
 
 def test_a_broken_contract_has_its_examples_and_nothing_else():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tinyllama
 from tests.shapes import some_ids, tiny_config, tiny_model
 from tinyllama import attention
-from tinyllama.attention import KERNELS, AttentionContext, Visibility, eager, sdpa
+from tinyllama.attention import KERNELS, AttentionContext, Visibility, eager
 from tinyllama.errors import InputError
 from tinyllama.lab import restatements, variants
 from tinyllama.lab.kernel_file import VARIANTS
@@ -450,38 +450,3 @@ def test_restatements_pass_parity():
     rows = {row.who: row for row in case.rows}
     assert [name for name in kernels if rows[name].failures] == []
     assert all(rows[name].failures for name in others)
-
-
-# --- in a trained model ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(smollm2_folder):
-    model, tokenizer = tinyllama.load(str(smollm2_folder), device="cpu", dtype="float32", attention="sdpa")
-    return model, tokenizer.encode("The capital of France is Paris. The capital of Germany is")
-
-
-def test_a_trained_model_reads_by_its_heads(trained):
-    model, ids = trained
-    batch = torch.tensor([ids])
-    expected = model(batch)
-    plain = tinyllama.generate(model, [ids], max_new_tokens=5)
-
-    def logits(kernel, **where):
-        model.set_attention(kernel, **where)
-        found = model(batch)
-        model.set_attention(sdpa)
-        return found
-
-    model.set_attention(partial(variants.window, size=8192))
-    assert tinyllama.generate(model, [ids], max_new_tokens=5) == plain
-    # What loses nothing changes nothing, and what loses something does.
-    assert relative(logits(partial(variants.regroup, kv_heads=9)), expected) < 1e-5
-    assert relative(logits(variants.ablate, layers=[5], heads=[2]), expected) > 1e-3
-    assert relative(logits(partial(variants.window, size=3)), expected) > 1e-2
-    right = expected[0, -1].argmax()
-    changed = {
-        name: logits(VARIANTS[name])[0, -1].log_softmax(-1)[right] for name in ("alibi", "no_positions")
-    }
-    assert all(value < expected[0, -1].log_softmax(-1)[right] - 1 for value in changed.values())
-    assert torch.equal(model(batch), expected)

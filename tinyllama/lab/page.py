@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +61,6 @@ def page(card: Scorecard) -> str:
         card=card,
         changes=list(enumerate(card.changes)),
         measured=measured,
-        tried=tried(card),
         speeds=["unchanged", *(f"changes.{n}.results" for n in measured)],
         clauses=len(CLAUSES),
         heads=[f"#{head}" for head in range(card.model.heads)],
@@ -75,28 +74,6 @@ def page(card: Scorecard) -> str:
         settings=SETTINGS,
         machine=[(name, f"machine.{name}") for name in card.machine],
     )
-
-
-def tried(card: Scorecard) -> Mapping[str, Sequence[str]]:
-    """Where the changes went, in words, with the names of those that went there."""
-    groups: dict[str, list[str]] = {}
-    for one in card.changes:
-        where = (
-            f"{_some('layer', one.layers, card.model.layers)}, {_some('head', one.heads, card.model.heads)}"
-        )
-        groups.setdefault(where, []).append(one.name)
-    return groups
-
-
-def _some(what: str, numbers: Sequence[int], count: int) -> str:
-    """All 9 heads, head 3, heads 0-2, 7."""
-    if len(numbers) == count:
-        return f"all {count} {what}s"
-    return f"{what}{'' if len(numbers) == 1 else 's'} {_spaced(numbers)}"
-
-
-def _spaced(numbers: Sequence[int]) -> str:
-    return ranges(numbers).replace(",", ", ")
 
 
 def step(value: float) -> str:
@@ -135,7 +112,7 @@ def formatted(key: str, value: Any) -> str:
     if name in FORMATS:
         return FORMATS[name](value)
     if name in ("layers", "heads") and isinstance(value, list):
-        return _spaced(value)
+        return ranges(value).replace(",", ", ")
     if isinstance(value, dict):
         return ", ".join(f"{name} {count:,}" for name, count in value.items())
     if isinstance(value, list):
