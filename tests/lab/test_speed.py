@@ -2,6 +2,8 @@
 
 from itertools import count
 
+import pytest
+
 from tests.shapes import some_ids, tiny_model
 from tinyllama.attention import Tap, eager, sdpa
 from tinyllama.lab.change import Change
@@ -29,8 +31,8 @@ def test_changes_take_turns_and_are_timed_on_the_prompt_and_single_steps():
     cached = [[(name, 40)] + [(name, 1)] * DECODED for name in ("sdpa", "eager")]
     assert passes == [*cached[0], *cached[1], ("whole_texts_only", 40)] * 3
     assert (own.context, own.prefill_ratio, own.decode_ratio) == (40, 1.0, 1.0)
-    assert other.prefill_ratio == other.prefill / own.prefill
-    assert abs(other.decode_ratio - other.decode / own.decode) < 1e-9
+    assert other.prefill_ratio == pytest.approx(other.prefill / own.prefill)
+    assert other.decode_ratio == pytest.approx(other.decode / own.decode)
     assert (uncached.decode, uncached.decode_ratio) == (None, None)
 
 

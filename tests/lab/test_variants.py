@@ -356,7 +356,8 @@ def test_a_variant_is_short_and_names_its_paper(name):
 PROMPTS = [some_ids(1, n, seed=n)[0].tolist() for n in (7, 3, 5)]
 
 
-@pytest.mark.parametrize("name", SMALL)
+# The contract tries flex with caches and padding; a model of it takes seconds.
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "flex"])
 def test_a_batch_from_a_cache_continues_each_text_as_whole_passes_do(name):
     # Ragged prompts, so that there is padding on the left; float64, so that no two ids are a tie.
     model = tiny_model(dtype=torch.float64, num_hidden_layers=2)

@@ -15,7 +15,7 @@ from tinyllama.lab.tables import grouped, percent, ranges, shortened, times
 from tinyllama.pages import render
 
 # Colours from a change of 0, which has its own, to 100% and more.
-STEPS = 20
+STEPS = 10
 # How None is written, by the figure's name.
 NOTHING = {
     "decode": "no cache",
@@ -77,7 +77,7 @@ def page(card: Scorecard) -> str:
 
 
 def step(value: float) -> str:
-    """The class of a value's colour: s0 for no change at all, s1 to s20 for 0 to 100% and more."""
+    """The class of a value's colour: s0 for no change at all, s1 to s10 for 0 to 100% and more."""
     return f"s{math.ceil(min(value, 1.0) * STEPS)}" if math.isfinite(value) else "unknown"
 
 
