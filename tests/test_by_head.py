@@ -1,4 +1,4 @@
-"""Kernels by layer and by head: each head attends by its own, and nothing else notices."""
+"""Kernels by layer and by head: each head attends by its own kernel, and nothing else changes."""
 
 import copy
 from functools import cache, partial
@@ -253,7 +253,7 @@ def test_nested_assignments_have_one_pattern_and_a_patch_of_it_reaches_all(assig
     for head, kernel in enumerate(own):
         assert torch.equal(scores[:, head], alone(kernel)[0][:, head])
         assert torch.equal(pattern[:, head], alone(kernel)[1][:, head])
-        # Once: twice would give four times the pattern. Doubling is exact.
+        # Patched once: twice would give four times the pattern. Doubling is exact.
         assert torch.equal(patched[:, head], alone(kernel)[1][:, head] * 2)
         assert torch.equal(z[:, head], alone(kernel)[2][:, head] * 2)
 
@@ -261,7 +261,7 @@ def test_nested_assignments_have_one_pattern_and_a_patch_of_it_reaches_all(assig
 @pytest.mark.parametrize(("kernel", "others"), [(window, eager), (flat, window)])
 @some_heads
 def test_a_patch_acts_once_on_each_head_whichever_kernel_it_has(kernel, others, heads):
-    # As it acts on a layer with that kernel alone; none of the changes may be made twice without being seen.
+    # Compared with layers that have one kernel. These patches give another result if they act twice.
     changes = {
         "layers.1.self_attn.scores": lambda x: x * 0.5 + 1,
         "layers.1.self_attn.pattern": lambda x: x * torch.arange(H)[:, None, None] + 0.1,
@@ -367,7 +367,7 @@ def test_the_kernel_that_stays_for_the_others_keeps_its_weights():
 @pytest.mark.parametrize("heads", [None, [2, 6]])
 @pytest.mark.parametrize("how", ["assigned", "set"])
 def test_a_function_or_another_module_can_replace_a_kernel_with_weights(how, heads):
-    # A module's attribute would stay registered, and refuse the function.
+    # A registered module would refuse the assignment of a function.
     model = tiny_model()
     keys = list(model.state_dict())
     for _ in range(2):  # and back again

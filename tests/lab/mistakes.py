@@ -42,13 +42,13 @@ def the_last_query_only(q, k, v, context):
 
 @planted(pure=1, causal=3, cache=2, chunks=2, batch=2, padding=1, groups=2, gradient=1, compile=8)
 def k_scaled_in_place(q, k, v, context):
-    # Whoever has the same keys again, as every step from a cache has, sees them scaled once more.
+    # Every step from a cache gets the same keys again, and scales them once more.
     return eager(q, k.mul_(context.scale), v, replace(context, scale=1.0))
 
 
 @planted(pure=1, gradient=1)
 def q_clamped_in_place(q, k, v, context):
-    # Doing it again changes nothing, so that few other clauses suffer.
+    # Clamping twice changes nothing more, so few other clauses are broken.
     with torch.no_grad():
         q.clamp_(-1, 1)
     return eager(q, k, v, context)
@@ -56,14 +56,14 @@ def q_clamped_in_place(q, k, v, context):
 
 @planted(causal=2, cache=1, padding=1)
 def mean_of_all_keys(q, k, v, context):
-    # Visible and invisible alike.
+    # Of the invisible keys too.
     _, v = repeat_kv(q, k, v)
     return v.mean(dim=2, keepdim=True).expand_as(q) + 0 * q * k.sum()
 
 
 @planted(causal=2, cache=1, padding=1)
 def one_token_ahead(q, k, v, context):
-    # <= i + 1, off by one.
+    # Off by one: <= i + 1.
     visible = context.visible
     keys, queries = visible.key_positions[:, None, None, :], visible.query_positions[:, None, :, None]
     return attend(q, k, v, context, (keys <= queries + 1) & (keys >= 0))
@@ -71,7 +71,7 @@ def one_token_ahead(q, k, v, context):
 
 @planted(causal=3, cache=2, chunks=2, padding=2)
 def normalised_over_the_text(q, k, v, context):
-    # The first token sees itself alone whatever its query is.
+    # T = 3: the first token sees only itself, so its query does not matter.
     return eager(q / q.norm(dim=2, keepdim=True), k, v, context)
 
 
@@ -82,22 +82,22 @@ def is_causal_always(q, k, v, context):
 
 @planted(cache=1, padding=1)
 def mask_by_index_from_the_end(q, k, v, context):
-    # Right for a cache that is read up to the last token, and for nothing else.
+    # Right only for a cache that is read up to the last token.
     T, S = q.shape[2], k.shape[2]
     return attend(q, k, v, context, torch.ones(T, S, dtype=torch.bool).tril(S - T))
 
 
 @planted(cache=3, padding=1)
 def window_from_the_last_slot(q, k, v, context):
-    # Four keys, counted from the end of the cache rather than from each query: no later token's value comes
-    # through, and where the keys end where the text does, the pieces agree.
+    # Four keys, counted from the end of the cache instead of from each query. No later value leaks, and the
+    # pieces agree if the keys end with the text.
     last = context.visible.key_positions.amax(dim=-1)[:, None, None, None]
     return sdpa(q, k, v, context.where(context.visible.key_positions[:, None, None, :] > last - 4))
 
 
 @planted(chunks=3)
 def pieces_as_if_they_were_steps(q, k, v, context):
-    # Only T = 1 and T = S were thought of.
+    # Right only for T = 1 and T = S.
     T, S = q.shape[2], k.shape[2]
     return eager(q, k, v, context) if T in (1, S) else eager(q.flip(2), k, v, context)
 
@@ -120,7 +120,7 @@ def the_first_row_s_values(q, k, v, context):
 
 @planted(padding=1)
 def normalised_over_padding_too(q, k, v, context):
-    # Linear attention by a running sum: what stands in the padding is added up with the rest.
+    # Linear attention with a running sum, to which the padding is added too.
     k, v = repeat_kv(q, k, v)
     phi_q, phi_k = F.elu(q.float()) + 1, F.elu(k.float()) + 1
     positions = context.visible.query_positions[:, None, :, None]
@@ -145,7 +145,7 @@ def tiled_kv_heads(q, k, v, context):
 
 @planted(groups=2)
 def tiled_keys_but_repeated_values(q, k, v, context):
-    # One token has but one key to look at, so that two are needed to see it.
+    # T = 2: with one token the keys do not matter.
     G = q.shape[1] // k.shape[1]
     return eager(q, k.repeat(1, G, 1, 1), v.repeat_interleave(G, dim=1), context)
 
@@ -173,7 +173,7 @@ def filled_with_inf(q, k, v, context):
 
 @planted(finite=1)
 def inf_in_float16_alone(q, k, v, context):
-    # -1e9 is a usual fill, and -inf in float16.
+    # -1e9 is a usual fill; in float16 it is -inf.
     k, v = repeat_kv(q, k, v)
     bias = torch.zeros(context.visible.mask.shape).masked_fill(~context.visible.mask, -1e9).to(q.dtype)
     scores = q @ k.transpose(2, 3) * context.scale + bias

@@ -178,7 +178,7 @@ def failing(q, k, v, context):
 
 @pytest.mark.parametrize("kernel", [failing, partial(failing), breaks("cache")(failing), Failing()])
 def test_an_error_is_named_with_the_line_of_the_kernel_s_own_file(kernel):
-    # Raised in a kernel of ours that this one calls; without a shape no other clause is checked.
+    # The error is raised in sdpa, which the kernel calls. Without a shape no other clause is checked.
     (clause,) = check_attention(kernel).clauses
     assert (clause.name, clause.verdict) == ("shape", "BROKEN")
     assert clause.example.startswith("T=1: RuntimeError: ")
@@ -329,7 +329,7 @@ def test_a_pass_that_needs_no_declared_clause_runs(clauses, allowed):
 
 
 def test_checking_often_gives_the_same_and_draws_no_random_number():
-    # torch.compile gives a function up after 8 graphs, by default.
+    # By default torch.compile stops compiling a function after 8 graphs.
     state = torch.get_rng_state()
     first = check_attention(VARIANTS["ablate"], clauses=["compile"])
     assert verdicts(first)["compile"] == "kept"

@@ -169,7 +169,7 @@ def test_a_change_shows_in_its_own_heads_first_and_in_everything_after_them():
 
 @pytest.mark.usefixtures("no_grad")
 def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
-    # In the first changed layer it is the whole change; in later ones it knows nothing of the earlier.
+    # In the first changed layer it equals the whole change; in later layers it excludes the earlier ones.
     model = tiny_model()
     _, before = observe(model, IDS)
     both = Change("both", NARROW, (1, 2))
@@ -177,7 +177,7 @@ def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
     direct, alone, none = direct_changes(model, [both, second, Change("none", NARROW, ())], IDS)
     with Change("first", NARROW, (1,)).applied(model):
         _, values = observe(model, IDS)
-    # Not to the bit: there the values come through another kernel's arithmetic.
+    # Not to the bit: the values went through another kernel.
     torch.testing.assert_close(direct[1], total_changes(values, before)[1][1], rtol=1e-4, atol=1e-6)
     with Change("second", NARROW, (2,)).applied(model):
         _, values = observe(model, IDS)
@@ -193,7 +193,7 @@ def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
     ("kernel", "layers", "expected"),
     [
         (eager, None, 1.0),
-        # 40 tokens: of the first 20 a later one sees those that are less than 4 before it.
+        # Of 40 tokens: the second 20 see only the last 3 of the first 20.
         (NARROW, None, 3 / 20),
         (NARROW, (0, 1), (1 + 3 / 20) / 2),
         (ablate, None, 0.0),
@@ -206,7 +206,7 @@ def test_keys_that_no_later_token_reads_are_not_needed(kernel, layers, expected)
 
 
 def test_keys_that_some_later_token_reads_are_needed():
-    # Top-1 reads one key a query; what matters is the union of 20 queries and the 4 heads of a group.
+    # Top-1 reads one key a query: together, 20 queries and the 4 heads of a group read several.
     model = tiny_model()
     with Change("x", partial(topk, keys=1)).applied(model):
         assert 1 / 20 < keys_needed(model, IDS) < 1
@@ -347,7 +347,7 @@ def test_a_kernel_without_a_cache_has_no_decode_speed(card):
 
 
 def test_the_continuation_is_cut_where_it_parts(subject):
-    # A continuation that parts at once, and a text that comes from ids decoded with their prompt.
+    # This continuation differs at once. Texts are decoded together with their prompt.
     brief = Extent(context=20, rounds=0, new_tokens=5)
     card = scorecard(subject, [Change("none", ablate)], brief)
     (mine,), (own,) = card.changes[0].results.continuations, card.unchanged.continuations

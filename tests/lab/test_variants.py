@@ -150,7 +150,7 @@ def test_alibi_is_a_penalty_by_distance_on_unturned_queries_and_keys(heads, kv_h
     taps = []
     z = variants.alibi(turned(q), turned(k), v, context(scores=lambda x: taps.append(x) or x))
     assert relative(z, by_loops(weights, q, k, v)) < 1e-12
-    # Alike queries and keys: what is left of the scores is the penalty itself.
+    # With queries and keys of zero the scores are the penalty alone.
     alike = torch.zeros_like(q), torch.zeros_like(k)
     variants.alibi(*alike, v, context(scores=lambda x: taps.append(x) or x))
     for h, slope in enumerate(slopes):
@@ -178,7 +178,7 @@ def test_softcap_bends_the_scores(cap):
     assert relative(z, by_loops(weights, q, k, v)) < 1e-12
     variants.softcap(100 * q, k, v, context(scores=lambda x: taps.append(x) or x), cap=cap)
     lower = torch.ones(T, T, dtype=torch.bool).tril()
-    # Many are at the cap, none is beyond it.
+    # Many scores are at the cap, none is beyond it.
     assert taps[1][..., lower].abs().max() == pytest.approx(cap)
 
 
@@ -323,7 +323,7 @@ def test_online_never_holds_the_scores_of_all_keys():
         restatements.online(q, k, v, context(length), block=block)
     assert (2, H, length, length) in plain.seen
     assert (2, H, length, block) in blocks.seen
-    # The largest are the repeated values and the running sum.
+    # The largest tensors are the repeated values and the running sum.
     assert max(map(math.prod, blocks.seen)) == 2 * H * length * D
 
 
@@ -380,7 +380,7 @@ def test_a_batch_from_a_cache_continues_each_text_as_whole_passes_do(name):
 
 
 def test_every_layer_may_have_its_own():
-    # Fails if one layer's kernel acts in another, or is told another layer's number.
+    # Fails if a kernel runs in another layer, or is told another layer's number.
     model = tiny_model(attention="sdpa", num_hidden_layers=len(SMALL))
     for layer, kernel in enumerate(SMALL.values()):
         model.set_attention(kernel, layers=[layer])

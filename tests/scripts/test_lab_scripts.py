@@ -63,7 +63,7 @@ def run(monkeypatch, capfd, tmp_path, tiny):
 # --- lab -------------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_of_ones_own_gets_its_card_and_page(run, tmp_path):
+def test_a_kernel_file_gets_a_card_and_a_page(run, tmp_path):
     timed = (*BRIEF[:5], "1", *BRIEF[6:])
     status, out, err = run("lab", "my.py:near", "--layers", "1-2", *timed, "--html", "card.html")
     assert status == 0

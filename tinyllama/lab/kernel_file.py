@@ -1,4 +1,4 @@
-"""An attention kernel by its name, or out of a user's own file."""
+"""An attention kernel by its name, or from a user's file."""
 
 from __future__ import annotations
 
