@@ -1,9 +1,9 @@
 """Change attention in some layers, train these layers for a while, and see how much of the damage goes away.
 
-Shows the perplexity of held-out text (from the last fifth) for the model as it
-is, after the change, and after healing. Healing also learns the kind of text:
-the same command with sdpa for the kernel says how much of the gain that is. The
-healed layers are kept in a file; where it exists, healing goes on from there.
+Shows the perplexity of held-out text (the last fifth) for the unchanged model,
+after the change, and after training. Training also teaches the kind of text:
+the same command with sdpa as the kernel shows how much of the gain that is. The
+trained layers are written to a file; if it exists, training resumes from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,13 @@ from tinyllama.cli.terminal import read_text, run
 from tinyllama.progress import note, step_progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tinyllama import Llama
     from tinyllama.lab.change import Change
-    from tinyllama.lab.healing import Healed, Settings
+    from tinyllama.lab.healed import Healed, Outcome, Settings
+    from tinyllama.lab.perplexity import Perplexity
 
 HELD_OUT = 0.2
-# Reading a text more often than this, a small model learns it by heart.
+# A small model that reads a text more often than this memorises it.
 MOST_READINGS = 3
 
 EXAMPLES = """\
@@ -38,42 +37,21 @@ EXAMPLES = """\
   python scripts/heal.py my_attention.py:window --text book.txt --steps 500 --out window.safetensors
   python scripts/lab.py window:size=64 --layers 8-21 --healed healed.safetensors
 
-Ctrl-C ends after the running step and keeps what was learnt; the same command
-goes on from there."""
+Ctrl-C ends after the running step and saves it; the same command resumes from
+there."""
 
 
 def main() -> int:
-    """Heal, keep the layers, and print three perplexities."""
+    """Heal, write the layers to a file, and print three perplexities."""
     args = parse()
     from tinyllama.lab.change import Change
-    from tinyllama.lab.healing import load_healed
+    from tinyllama.lab.healed import Settings, load_healed
     from tinyllama.lab.kernel_file import load_kernel
 
     change = Change(args.kernel, load_kernel(args.kernel), args.layers, args.heads)
     start = load_healed(args.out) if args.out.exists() else None
     text = read_text(args.text)
-    settings = read_settings(args, text)
-    if start is not None:
-        check_same(args.out, start.settings, settings)
-    model, tokenizer = options.load(args)
-    ids = tokenizer.encode(text)
-    cut = int(len(ids) * (1 - HELD_OUT))
-    if len(ids) - cut < 2:
-        raise InputError(f"text: expected 10 tokens or more, got {len(ids)}; give a longer text")
-    readings = args.steps * args.batch * args.length / cut
-    if readings > MOST_READINGS:
-        note(f"warning: the text will be read {readings:.0f} times, and learnt by heart; give a longer one")
-    healed, interrupted = train(args, model, change, ids[:cut], settings, start)
-    figures = measure(model, change, ids[cut:][: args.held_out], healed, settings)
-    print(json.dumps(figures, indent=1) if args.json else told(figures))
-    return 130 if interrupted else 0
-
-
-def read_settings(args: argparse.Namespace, text: str) -> Settings:
-    """What makes a healing the same experiment."""
-    from tinyllama.lab.healing import Settings
-
-    return Settings(
+    settings = Settings(
         kernel=args.kernel,
         layers=args.layers,
         heads=args.heads,
@@ -83,16 +61,30 @@ def read_settings(args: argparse.Namespace, text: str) -> Settings:
         lr=args.lr,
         seed=args.seed or 0,
     )
+    if start is not None:
+        check_same(args.out, start.settings, settings)
+    model, tokenizer = options.load(args)
+    ids = tokenizer.encode(text)
+    cut = int(len(ids) * (1 - HELD_OUT))
+    if len(ids) - cut < 2:
+        raise InputError(f"text: expected 10 tokens or more, got {len(ids)}; give a longer text")
+    readings = args.steps * args.batch * args.length / cut
+    if readings > MOST_READINGS:
+        note(f"warning: the text will be read {readings:.0f} times and memorised; give a longer one")
+    healed, interrupted = train(args, model, change, ids[:cut], settings, start)
+    outcome = measure(model, change, ids[cut:][: args.held_out], healed, settings)
+    print(json.dumps(asdict(outcome), indent=1) if args.json else in_words(outcome))
+    return 130 if interrupted else 0
 
 
 def check_same(path: Path, there: Settings, settings: Settings) -> None:
-    """Raise InputError where a file is of another experiment, before anything is computed or replaced."""
-    now, then = asdict(settings), asdict(there)
-    for name, value in now.items():
-        if then[name] != value:
+    """Raise InputError if a file belongs to another experiment, before anything is computed or replaced."""
+    for name, value in asdict(settings).items():
+        then = getattr(there, name)
+        if then != value:
             raise InputError(
-                f"{path}: is a healing with {name} {then[name]}, expected {value}; give another --out or "
-                "the same options"
+                f"{path}: was trained with {name} {then}, expected {value}; give another --out or the same "
+                "options"
             )
 
 
@@ -104,8 +96,9 @@ def train(
     settings: Settings,
     start: Healed | None,
 ) -> tuple[Healed | None, bool]:
-    """Heal until `--steps` steps are done in all, or Ctrl-C; returns the end and whether it was cut short."""
-    from tinyllama.lab.healing import heal, save_healed
+    """Heal until `--steps` steps are done in all, or Ctrl-C; returns the state and whether it was Ctrl-C."""
+    from tinyllama.lab.healed import save_healed
+    from tinyllama.lab.healing import heal
 
     stopped = False
 
@@ -135,40 +128,35 @@ def train(
 
 def measure(
     model: Llama, change: Change, ids: Sequence[int], healed: Healed | None, settings: Settings
-) -> dict[str, Any]:
-    """Perplexity of held-out text: as it was, changed, healed."""
-    from dataclasses import replace
-
+) -> Outcome:
+    """Perplexity of held-out text: unchanged, changed, healed."""
+    from tinyllama.lab.healed import Outcome
     from tinyllama.lab.perplexity import perplexity, text_nll
 
-    def under(one: Change) -> Tensor:
-        with one.applied(model):
-            return text_nll(model, ids, settings.length)
+    own = text_nll(model, ids, settings.length)
 
-    own, changed = text_nll(model, ids, settings.length), under(change)
-    figures = {
-        "settings": asdict(settings),
-        "held_out": len(ids),
-        "changed": asdict(perplexity([changed], [own])),
-    }
+    def under(one: Change) -> Perplexity:
+        with one.applied(model):
+            return perplexity([text_nll(model, ids, settings.length)], [own])
+
+    changed, after = under(change), None
     if healed is not None:
         after = under(replace(change, weights=healed.weights))
-        figures |= {"healed": asdict(perplexity([after], [own])), "losses": healed.losses}
-    return figures
+    return Outcome(settings, len(ids), changed, after, healed.losses if healed else ())
 
 
-def told(figures: dict[str, Any]) -> str:
-    """The figures in three lines."""
+def in_words(outcome: Outcome) -> str:
+    """The perplexities, a line for each."""
     from tinyllama.lab.tables import change, grouped
 
-    lines = [f"perplexity of {figures['held_out']} held-out tokens, beside the unchanged model:"]
-    lines.append(f"  unchanged  {grouped(figures['changed']['before'])}")
-    lines.append(f"  changed    {grouped(figures['changed']['after'])}, {change(figures['changed'])}")
-    if "healed" in figures:
-        steps = len(figures["losses"])
-        lines.append(
-            f"  healed     {grouped(figures['healed']['after'])}, {change(figures['healed'])}, {steps} steps"
-        )
+    changed, healed = outcome.changed, outcome.healed
+    lines = [
+        f"perplexity of {outcome.held_out} held-out tokens, beside the unchanged model:",
+        f"  unchanged  {grouped(changed.before)}",
+        f"  changed    {grouped(changed.after)}, {change(changed)}",
+    ]
+    if healed is not None:
+        lines.append(f"  healed     {grouped(healed.after)}, {change(healed)}, {len(outcome.losses)} steps")
     return "\n".join(lines)
 
 

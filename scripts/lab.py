@@ -1,9 +1,9 @@
 """Change attention, and see what it did: contract, perplexity, heads, speed, memory and text, side by side.
 
 A kernel is a function of (q, k, v, context) in a file of yours, or one of the
-built-in variants; settings may follow its name. Each is measured against the
-model as it is. A kernel that breaks the contract is not measured further: the
-smallest example that breaks it is shown.
+built-in variants; settings may follow its name. Each is compared with the
+unchanged model. For a kernel that breaks the contract, only the smallest
+example that breaks it is shown.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
 from tinyllama.cli.terminal import read_text, run
@@ -36,49 +37,53 @@ EXAMPLES = """\
   python scripts/lab.py --addresses --model smollm2     what can be captured and patched
   python scripts/lab.py --capture "layers.*.self_attn.z"        what that costs
 
-exit status: 0, 1 where a kernel breaks the contract, 2 on bad input"""
+exit status: 0, 1 if a kernel breaks the contract, 2 on bad input"""
 
 
 def main() -> int:
-    """Measure the kernels, print the scorecard, and return 1 where one breaks the contract."""
+    """Measure the kernels, print the scorecard, and return 1 if one breaks the contract."""
     args = parse()
     if args.list:
         show_variants()
         return 0
-    from tinyllama.checkpoints.files import replace_text
+    from rich.console import Console
 
     changes = read_changes(args)
     model, tokenizer = options.load(args)
+    from tinyllama.checkpoints.files import replace_text
+    from tinyllama.lab import tables
+    from tinyllama.lab.figures import Extent
+    from tinyllama.lab.page import page
+    from tinyllama.lab.scorecard import scorecard
+
+    console = Console(highlight=False)
     if args.addresses:
-        show_addresses(model, args.tokens)
+        tables.show_addresses(console, model, args.tokens)
         return 0
     if args.capture:
         show_overhead(model, tokenizer, args)
         return 0
-    from tinyllama.lab.page import page
-    from tinyllama.lab.scorecard import Extent, scorecard
-
     for change in changes:
-        with change.applied(model):  # an unknown layer or head is told before anything is measured
+        with change.applied(model):  # refuses an unknown layer or head before anything is measured
             pass
     extent = Extent(context=args.tokens // 2, rounds=args.rounds, new_tokens=args.new_tokens)
     with progress_line() as done:
-        figures = scorecard(subject(model, tokenizer, args), changes, extent, done)
-    figures["machine"]["command"] = shlex.join(["python", "scripts/lab.py", *sys.argv[1:]])
+        card = scorecard(subject(model, tokenizer, args), changes, extent, done)
+    card.machine["command"] = shlex.join(["python", "scripts/lab.py", *sys.argv[1:]])
     if args.json:
-        print(json.dumps(figures, indent=1, allow_nan=False))
+        print(json.dumps(asdict(card), indent=1, allow_nan=False))
     else:
-        show(figures)
+        tables.show(console, card)
     if args.html is not None:
-        replace_text(args.html, page(figures))
+        replace_text(args.html, page(card))
         note(f"wrote {args.html}")
-    return 0 if all(card["passed"] for card in figures["changes"]) else 1
+    return 0 if all(one.passed for one in card.changes) else 1
 
 
 def read_changes(args: argparse.Namespace) -> list[Change]:
-    """The kernels and where they go; healed ones as they were trained."""
+    """The kernels and where they go; a healed one goes where it was trained."""
     from tinyllama.lab.change import Change
-    from tinyllama.lab.healing import load_healed
+    from tinyllama.lab.healed import load_healed
     from tinyllama.lab.kernel_file import load_kernel
 
     changes = [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
@@ -91,7 +96,7 @@ def read_changes(args: argparse.Namespace) -> list[Change]:
 
 
 def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Subject:
-    """The model with the texts that it reads and the prompts that it continues."""
+    """The model, the texts that it reads and the prompts that it continues."""
     from tinyllama import InputError
     from tinyllama.lab.scorecard import Subject
     from tinyllama.parity import texts
@@ -109,17 +114,8 @@ def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Sub
     return Subject(model, tokenizer, read, prompts | {f"{name}, the first half": ids[: len(ids) // 2]})
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print the scorecards as tables."""
-    from rich.console import Console
-
-    from tinyllama.lab import tables
-
-    tables.show(Console(highlight=False), figures)
-
-
 def show_variants() -> None:
-    """Print the built-in kernels with the first line of what they are."""
+    """Print the built-in kernels with the first lines of their docstrings."""
     import inspect
 
     from tinyllama.lab.kernel_file import VARIANTS
@@ -131,18 +127,9 @@ def show_variants() -> None:
         print(f"{spec:<24} {first}")
 
 
-def show_addresses(model: Llama, tokens: int) -> None:
-    """Print every address with the shape and size of its value for one text of that length."""
-    from rich.console import Console
-
-    from tinyllama.lab import tables
-
-    tables.show_addresses(Console(highlight=False), model, tokens)
-
-
 def show_overhead(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Print what a capture costs, and what the taps cost where there is none."""
-    from tinyllama.lab.overhead import overhead
+    """Print what a capture costs, and what the taps cost without one."""
+    from tinyllama.lab.speed import overhead
 
     (ids, *_) = subject(model, tokenizer, args).texts.values()
     cost = overhead(model, args.capture, ids, max(args.rounds, 1))
@@ -168,24 +155,37 @@ def parse() -> argparse.Namespace:
         action="append",
         type=Path,
         metavar="FILE",
-        help="measure with the layers that heal.py wrote, too",
+        help="also measure the layers that heal.py wrote",
     )
     parser.add_argument(
-        "--text", action="append", metavar="FILE", help="read this, not the bundled texts; may be repeated"
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="read this file instead of the bundled texts; may be repeated",
     )
     parser.add_argument(
-        "--tokens", type=options.count, default=1024, metavar="N", help="of each text (default: %(default)s)"
+        "--tokens",
+        type=options.count,
+        default=1024,
+        metavar="N",
+        help="tokens of each text to read (default: %(default)s)",
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="continue this; may be repeated")
     parser.add_argument(
-        "--new-tokens", type=options.count, default=32, metavar="N", help="of each (default: %(default)s)"
+        "--prompt", action="append", metavar="TEXT", help="a prompt to continue; may be repeated"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=options.count,
+        default=32,
+        metavar="N",
+        help="tokens of each continuation (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
         type=options.count,
         default=3,
         metavar="N",
-        help="of timing (default: %(default)s)",
+        help="rounds of timing (default: %(default)s)",
     )
     parser.add_argument("--list", action="store_true", help="list the built-in variants")
     parser.add_argument("--addresses", action="store_true", help="list the addresses of the model's values")
@@ -193,10 +193,10 @@ def parse() -> argparse.Namespace:
         "--capture",
         action="append",
         metavar="ADDRESS",
-        help="time a pass that captures these; may be repeated",
+        help="time a pass that captures this address; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page, too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as an HTML page")
     options.add_model_options(parser)
     args = parser.parse_args()
     if not (args.kernels or args.healed or args.list or args.addresses or args.capture):
@@ -204,7 +204,7 @@ def parse() -> argparse.Namespace:
     if args.tokens < 4:
         parser.error(f"--tokens: expected 4 or more, got {args.tokens}")
     options.check_output(parser, "--html", args.html)
-    # Once: stdin can be read but once.
+    # Here and not later: stdin can be read only once.
     args.text = {file: read_text(file) for file in args.text} if args.text else None
     return args
 

@@ -1,4 +1,4 @@
-"""Kernels by layer and by head: each head attends by its own, and nothing else notices."""
+"""Kernels by layer and by head: each head attends by its own kernel, and nothing else changes."""
 
 import copy
 from functools import cache, partial
@@ -20,13 +20,13 @@ B, T, H, L = 2, 7, 8, 4
 
 
 def window(q, k, v, context, size=3, step=1):
-    """The last few keys, of which every one, every second and so on."""
+    """The last few keys: every one, or every second and so on."""
     behind = context.mask.query_positions[:, :, None] - context.mask.key_positions[:, None, :]
     return eager(q, k, v, context.where(((behind < size * step) & (behind % step == 0))[:, None]))
 
 
 def flat(q, k, v, context):
-    """All visible keys alike; it has scores and a pattern, but the one does not follow from the other."""
+    """The mean of all visible keys; its pattern is no softmax of its scores."""
     mask = context.mask.allowed.expand(-1, q.shape[1], -1, -1).to(q.dtype)
     context.scores(mask - 1)
     pattern = context.pattern(mask / mask.sum(-1, keepdim=True).clamp(min=1))
@@ -46,7 +46,7 @@ class Gain(nn.Module):
 
 KERNELS = [eager, sdpa, window, flat]
 TAPPED = [eager, window, flat]
-some_heads = pytest.mark.parametrize("heads", [[0], [7], [0, 3, 4], [6, 1], list(range(H))])
+some_heads = pytest.mark.parametrize("heads", [[0], [6, 1], list(range(H))])
 pairs = pytest.mark.parametrize(
     ("kernel", "others"), [(window, eager), (eager, sdpa), (sdpa, window), (flat, window)]
 )
@@ -101,12 +101,7 @@ def test_each_head_attends_by_its_own_kernel_to_the_bit(kernel, others, heads):
     assert not torch.equal(chosen, rest)
 
 
-def test_no_head_at_all_leaves_the_kernel_that_was_there():
-    (z,) = values_of(mixed(flat, [], window), "z")
-    assert torch.equal(z, alone(window)[2])
-
-
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.lists(st.tuples(st.sampled_from(KERNELS), st.sets(st.integers(0, H - 1))), max_size=4),
     st.sampled_from(KERNELS),
@@ -153,15 +148,6 @@ def test_an_unknown_layer_or_head_is_refused_and_nothing_is_changed(where, expec
     assert all(layer.self_attn.kernel is eager for layer in model.layers)
 
 
-def test_printing_the_model_shows_which_heads_attend_how():
-    model = tiny_model()
-    model.set_attention(partial(window, size=64), layers=[1], heads=[0, 3])
-    model.set_attention(sdpa, layers=[2], heads=[7])
-    text = str(model)
-    assert "kernel=window(size=64) in heads 0, 3, eager in the others" in text
-    assert "kernel=sdpa in heads 7, eager in the others" in text
-
-
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [
@@ -180,14 +166,6 @@ def test_a_kernel_is_named_as_it_was_written_with_its_settings(kernel, name):
     model = tiny_model(num_hidden_layers=1)
     model.set_attention(kernel)
     assert f"kernel={name}\n" in str(model)
-
-
-def test_settings_of_a_partial_take_effect():
-    wide, narrow = partial(window, size=T), partial(window, size=1)
-    (z, v) = values_of(mixed(narrow, [3], wide), "z", "v_proj")
-    assert torch.equal(z[:, 3], v[:, :, :8])  # a token that sees itself only takes its own value (KV head 0)
-    rest = [head for head in range(H) if head != 3]
-    assert torch.equal(z[:, rest], alone(eager)[2][:, rest])
 
 
 # With a cache, padding, a compiler and gradients
@@ -255,29 +233,10 @@ def test_a_gradient_goes_through_each_heads_own_kernel():
         torch.testing.assert_close(of_both, a + b, atol=1e-6, rtol=1e-5)
 
 
-def test_every_weight_gets_a_gradient():
-    model = mixed(window, [0, 5], flat)
-    model.set_attention(Gain(), layers=[2], heads=[1])
-    model(some_ids(B, T)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert rms(parameter.grad) > 0, name
-
-
 # Scores and pattern, read and replaced
 
 
-@pytest.mark.parametrize(("kernel", "others"), [(window, eager), (eager, flat), (flat, window)])
-@some_heads
-def test_a_captured_pattern_has_each_head_by_its_own_kernel(kernel, others, heads):
-    model = mixed(kernel, heads, others)
-    for value, a, b in zip(
-        values_of(model, "scores", "pattern", "z"), alone(kernel), alone(others), strict=True
-    ):
-        assert torch.equal(value, joined(heads, a, b))
-
-
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(
     st.lists(st.tuples(st.sampled_from(TAPPED), st.sets(st.integers(0, H - 1))), min_size=1, max_size=3),
     st.sampled_from(TAPPED),
@@ -294,7 +253,7 @@ def test_nested_assignments_have_one_pattern_and_a_patch_of_it_reaches_all(assig
     for head, kernel in enumerate(own):
         assert torch.equal(scores[:, head], alone(kernel)[0][:, head])
         assert torch.equal(pattern[:, head], alone(kernel)[1][:, head])
-        # Once: twice would give four times the pattern. Doubling is exact.
+        # Patched once: twice would give four times the pattern. Doubling is exact.
         assert torch.equal(patched[:, head], alone(kernel)[1][:, head] * 2)
         assert torch.equal(z[:, head], alone(kernel)[2][:, head] * 2)
 
@@ -302,7 +261,7 @@ def test_nested_assignments_have_one_pattern_and_a_patch_of_it_reaches_all(assig
 @pytest.mark.parametrize(("kernel", "others"), [(window, eager), (flat, window)])
 @some_heads
 def test_a_patch_acts_once_on_each_head_whichever_kernel_it_has(kernel, others, heads):
-    # As it acts on a layer with that kernel alone; none of the changes may be made twice without being seen.
+    # Compared with layers that have one kernel. These patches give another result if they act twice.
     changes = {
         "layers.1.self_attn.scores": lambda x: x * 0.5 + 1,
         "layers.1.self_attn.pattern": lambda x: x * torch.arange(H)[:, None, None] + 0.1,
@@ -344,15 +303,6 @@ def test_where_one_kernel_has_no_pattern_it_is_the_other_ones(tapped, fused_is_c
 def test_where_no_kernel_has_a_pattern_that_is_said():
     with pytest.raises(InputError, match=r"eager does \(kernel=sdpa in heads 0, sdpa in the others\)"):
         values_of(mixed(sdpa, [0], sdpa), "pattern")
-
-
-def test_a_replacement_unlike_the_pattern_is_refused_under_two_kernels_too():
-    model = mixed(window, [0], eager)
-    with (
-        pytest.raises(InputError, match=r"^layers\.1\.self_attn\.pattern: expected a replacement like"),
-        patch(model, {"layers.1.self_attn.pattern": lambda x: x[:, :1]}),
-    ):
-        model(some_ids(B, T))
 
 
 def test_a_captured_pattern_has_the_gradient_of_every_head():
@@ -416,13 +366,14 @@ def test_the_kernel_that_stays_for_the_others_keeps_its_weights():
 
 @pytest.mark.parametrize("heads", [None, [2, 6]])
 @pytest.mark.parametrize("how", ["assigned", "set"])
-def test_a_function_can_take_the_place_of_a_kernel_with_weights(how, heads):
-    # A module's attribute would stay registered, and refuse the function.
+def test_a_function_or_another_module_can_replace_a_kernel_with_weights(how, heads):
+    # A registered module would refuse the assignment of a function.
     model = tiny_model()
     keys = list(model.state_dict())
-    for _ in range(2):  # and the other way round, again
+    for _ in range(2):  # and back again
+        model.set_attention(Gain(), layers=[1])
         model.set_attention(Gain(), layers=[1], heads=heads)
-        assert kernel_keys(model)
+        assert len(kernel_keys(model)) == (1 if heads is None else 2)
         if how == "assigned":
             model.layers[1].self_attn.kernel = window
         else:
@@ -430,14 +381,6 @@ def test_a_function_can_take_the_place_of_a_kernel_with_weights(how, heads):
         assert model.layers[1].self_attn.kernel is window
         assert list(model.state_dict()) == keys
         assert torch.equal(values_of(model, "z")[0], alone(window)[2])
-
-
-def test_one_kernel_with_weights_can_take_the_place_of_another():
-    model, first, second = tiny_model(), Gain(), Gain()
-    model.layers[1].self_attn.kernel = first
-    model.layers[1].self_attn.kernel = second
-    assert model.layers[1].self_attn.kernel is second
-    assert kernel_keys(model) == ["layers.1.self_attn.kernel.gain"]
 
 
 def test_a_kernel_with_weights_has_no_addresses_and_its_values_are_captured_as_any():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tinyllama.lab.perplexity import Perplexity
 from tinyllama.lab.tables import change, grouped, percent, ranges, shades, shortened, times
 
 
@@ -21,7 +22,7 @@ from tinyllama.lab.tables import change, grouped, percent, ranges, shades, short
         (1e9, "×1.0e+09"),
     ],
 )
-def test_a_ratio_is_a_change_in_percent_until_percents_say_nothing(ratio, expected):
+def test_a_ratio_is_a_change_in_percent_or_from_ten_on_a_factor(ratio, expected):
     assert percent(ratio) == expected
 
 
@@ -40,12 +41,12 @@ def test_a_perplexity_has_four_digits_or_is_whole(value, expected):
     assert grouped(value) == expected
 
 
-def test_a_change_has_its_interval_where_there_is_one():
-    assert change({"ratio": 1.5, "low": 1.25, "high": 12.0}) == "+50.0% (+25.0% to ×12.0)"
-    assert change({"ratio": 1.5, "low": None, "high": None}) == "+50.0%"
+def test_a_change_has_its_interval_if_there_is_one():
+    assert change(Perplexity(2.0, 3.0, 1.5, 1.25, 12.0)) == "+50.0% (+25.0% to ×12.0)"
+    assert change(Perplexity(2.0, 3.0, 1.5, None, None)) == "+50.0%"
 
 
-def test_a_head_is_one_character_and_only_no_change_is_a_blank():
+def test_a_head_is_one_character_and_only_zero_is_a_blank():
     assert shades([0.0, 1e-9, 0.19, 0.21, 0.5, 0.79, 1.0, 7.0]) == " ··░▒▓██"
 
 

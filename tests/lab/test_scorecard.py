@@ -19,9 +19,9 @@ from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import breaks
 from tinyllama.lab.continuation import can_cache, continuation, first_difference
 from tinyllama.lab.effects import direct_changes, keys_needed, observe, relative_change, total_changes
+from tinyllama.lab.figures import Extent
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS, perplexity, text_nll
-from tinyllama.lab.scorecard import Extent, Subject, scorecard
-from tinyllama.lab.speed import DECODED, speeds
+from tinyllama.lab.scorecard import Subject, scorecard
 from tinyllama.lab.variants import ablate, topk, window
 from tinyllama.text.tokenizer import Tokenizer
 
@@ -101,8 +101,8 @@ def test_the_same_change_everywhere_is_certain_and_no_change_is_one():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    # 95% in theory; 200 trials of 40 blocks: outside 88 to 99% something is wrong (99.9% binomial bounds of a
-    # percentile bootstrap, which covers a little less than it says).
+    # 95% in theory; 88 to 99% are the 99.9% binomial bounds for 200 trials of 40 blocks (a percentile
+    # bootstrap covers a little less than it says).
     covered = 0
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 176 <= covered <= 198
 
 
-def test_neighbouring_tokens_count_as_one_observation():
+def test_the_interval_treats_a_block_of_tokens_as_one_observation():
     # Resampled token by token, an interval over constant blocks would be 8 times too narrow.
     blocks = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)).expand(30, BLOCK).flatten()
     result = perplexity([blocks], [torch.zeros_like(blocks)])
@@ -122,7 +122,7 @@ def test_neighbouring_tokens_count_as_one_observation():
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_text_nll_reads_windows_that_know_nothing_of_each_other():
+def test_text_nll_reads_each_window_separately():
     model = tiny_model()
     result = text_nll(model, IDS, 16)
     assert result.shape == (39,)
@@ -169,7 +169,7 @@ def test_a_change_shows_in_its_own_heads_first_and_in_everything_after_them():
 
 @pytest.mark.usefixtures("no_grad")
 def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
-    # In the first changed layer it is the whole change; in later ones it knows nothing of the earlier.
+    # In the first changed layer it equals the whole change; in later layers it excludes the earlier ones.
     model = tiny_model()
     _, before = observe(model, IDS)
     both = Change("both", NARROW, (1, 2))
@@ -177,7 +177,7 @@ def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
     direct, alone, none = direct_changes(model, [both, second, Change("none", NARROW, ())], IDS)
     with Change("first", NARROW, (1,)).applied(model):
         _, values = observe(model, IDS)
-    # Not to the bit: there the values come through another kernel's arithmetic.
+    # Not to the bit: the values went through another kernel.
     torch.testing.assert_close(direct[1], total_changes(values, before)[1][1], rtol=1e-4, atol=1e-6)
     with Change("second", NARROW, (2,)).applied(model):
         _, values = observe(model, IDS)
@@ -193,7 +193,7 @@ def test_a_heads_own_change_is_measured_on_the_unchanged_models_values():
     ("kernel", "layers", "expected"),
     [
         (eager, None, 1.0),
-        # 40 tokens: of the first 20 a later one sees those that are less than 4 before it.
+        # Of 40 tokens: the second 20 see only the last 3 of the first 20.
         (NARROW, None, 3 / 20),
         (NARROW, (0, 1), (1 + 3 / 20) / 2),
         (ablate, None, 0.0),
@@ -205,14 +205,14 @@ def test_keys_that_no_later_token_reads_are_not_needed(kernel, layers, expected)
         assert keys_needed(model, IDS) == pytest.approx(expected)
 
 
-def test_keys_that_some_later_token_chooses_are_needed():
-    # Top-1 reads one key a query; what matters is the union of 20 queries and the 4 heads of a group.
+def test_keys_that_some_later_token_reads_are_needed():
+    # Top-1 reads one key a query: together, 20 queries and the 4 heads of a group read several.
     model = tiny_model()
     with Change("x", partial(topk, keys=1)).applied(model):
         assert 1 / 20 < keys_needed(model, IDS) < 1
 
 
-def test_a_kernel_without_a_gradient_cannot_say():
+def test_without_a_gradient_the_keys_needed_are_unknown():
     model = tiny_model()
     with Change("x", breaks("gradient")(eager)).applied(model):
         assert keys_needed(model, IDS) is None
@@ -250,35 +250,6 @@ def test_the_first_difference_may_be_the_end(one, other, expected):
     assert first_difference(other, one) == expected
 
 
-def test_every_change_is_timed_in_every_round_and_the_first_does_not_count(monkeypatch):
-    order = []
-
-    def fake(model, ids):
-        kernel = model.attentions[0].kernel
-        order.append(kernel)
-        round_number = (len(order) - 1) // 2
-        return (1000.0, 1000.0) if round_number == 0 else (float(round_number), 0.5)
-
-    monkeypatch.setattr("tinyllama.lab.speed._seconds", fake)
-    changes = [Change("unchanged", eager, ()), Change("x", NARROW)]
-    first, second = speeds(tiny_model(), changes, IDS, 3)
-    assert order == [eager, NARROW] * 4
-    assert first.prefill == second.prefill == 40 / 2.0
-    assert first.decode == 2.0
-
-
-def test_speed_counts_the_prompt_and_single_steps():
-    model = tiny_model(attention="sdpa")
-    passes = []
-    hook = model.embed_tokens.register_forward_hook(lambda m, a, out: passes.append(out.shape[1]))
-    speed, uncached = speeds(model, [Change("own", sdpa, ()), Change("x", whole_texts_only)], IDS, 1)
-    hook.remove()
-    assert passes == ([40] + [1] * DECODED + [40]) * 2
-    assert speed.prefill > 0
-    assert speed.decode > 0
-    assert uncached.decode is None
-
-
 # The whole card
 
 
@@ -295,7 +266,7 @@ EXTENT = Extent(context=20, rounds=1, new_tokens=5)
 
 
 @pytest.fixture(scope="module")
-def figures(subject):
+def card(subject):
     changes = [
         Change("own", sdpa),
         Change("leak", leak),
@@ -305,118 +276,101 @@ def figures(subject):
     return scorecard(subject, changes, EXTENT)
 
 
-def test_the_unchanged_kernel_scores_no_change(figures):
-    card = figures["changes"][0]
-    whole = card["all"]
-    assert whole["ratio"] == 1.0
-    assert whole["before"] == whole["after"]
-    assert whole["kl_max"] == 0.0
-    assert whole["top1"] == 1.0
-    assert not any(card["layers_changed"])
-    assert not any(map(any, card["heads_changed"] + card["heads_direct"]))
-    assert card["keys"] == {"of": 20, "needed": 1.0}
-    (row,) = card["continuations"]
-    assert row["parts_at"] is None
-    assert row["rest"] == ""
-    assert row["ids"] == figures["unchanged"]["continuations"][0]["ids"]
+def test_the_unchanged_kernel_scores_no_change(card):
+    results = card.changes[0].results
+    assert results.all.ratio == 1.0
+    assert results.all.before == results.all.after
+    assert results.all.kl_max == 0.0
+    assert results.all.top1 == 1.0
+    assert not any(results.layers_changed)
+    assert not any(map(any, results.heads_changed + results.heads_direct))
+    assert (results.keys.of, results.keys.needed) == (20, 1.0)
+    (row,) = results.continuations
+    assert row.parts_at is None
+    assert row.rest == ""
+    assert row.ids == card.unchanged.continuations[0].ids
 
 
-def test_a_leak_is_named_and_not_measured(figures):
-    card = figures["changes"][1]
-    assert not card["passed"]
-    assert {"causal", "cache"} <= {row["clause"] for row in card["contract"] if row["verdict"] == "BROKEN"}
-    assert card.keys() == {"name", "layers", "heads", "passed", "contract"}
+def test_a_leak_is_named_and_not_measured(card):
+    leak = card.changes[1]
+    assert not leak.passed
+    assert {"causal", "cache"} <= {clause.name for clause in leak.contract if clause.verdict == "BROKEN"}
+    assert leak.results is None
 
 
-def test_texts_add_up_and_places_are_told(figures):
-    card = figures["changes"][2]
-    assert card["layers"] == [1, 2]
-    assert card["heads"] == [0]
-    assert [row["tokens"] for row in card["texts"]] == [60, 30]
-    assert card["all"]["tokens"] == 90
-    kl = (60 * card["texts"][0]["kl_mean"] + 30 * card["texts"][1]["kl_mean"]) / 90
-    assert card["all"]["kl_mean"] == pytest.approx(kl)
-    assert 0 < card["all"]["top1"] < 1
-    assert card["layers_changed"][0] == 0 < card["layers_changed"][1]
-    assert [bool(sum(row)) for row in card["heads_direct"]] == [False, True, True, False]
-
-
-def test_what_moved_is_the_mean_over_tokens_not_over_texts(figures, subject):
-    change = Change("narrow", NARROW, (1, 2), (0,))
-    each = []
-    for name in subject.texts:
-        alone = dataclasses.replace(subject, texts={name: subject.texts[name]})
-        each.append(scorecard(alone, [change], Extent(context=20, rounds=0, new_tokens=0))["changes"][0])
-    for key in ("layers_changed", "heads_changed", "heads_direct"):
-        one, two = (torch.tensor(card[key]) for card in each)
-        together = torch.tensor(figures["changes"][2][key])
-        assert not torch.allclose(one, two)
-        torch.testing.assert_close(together, (60 * one + 30 * two) / 90)
-    _, before = observe(subject.model, subject.texts["one"])
-    with change.applied(subject.model):
-        _, values = observe(subject.model, subject.texts["one"])
-    layers, heads = total_changes(values, before)
-    assert each[0]["layers_changed"] == pytest.approx(layers.tolist(), rel=1e-5)
-    torch.testing.assert_close(torch.tensor(each[0]["heads_changed"]), heads)
-
-
-def test_the_contract_is_tried_in_a_layer_that_is_changed(subject):
-    def for_later_layers(q, k, v, context):
-        assert context.layer >= 2
-        return sdpa(q, k, v, context)
-
-    figures = scorecard(subject, [Change("later", for_later_layers, (3, 2))], EXTENT)
-    assert figures["changes"][0]["passed"]
+def test_texts_add_up_and_places_are_told(card):
+    narrow = card.changes[2]
+    one, two = narrow.results.texts
+    assert (narrow.layers, narrow.heads) == ([1, 2], [0])
+    assert (one.text, one.tokens, two.text, two.tokens) == ("one", 60, "two", 30)
+    assert narrow.results.all.tokens == 90
+    assert narrow.results.all.kl_mean == pytest.approx((60 * one.kl_mean + 30 * two.kl_mean) / 90)
+    assert 0 < narrow.results.all.top1 < 1
+    assert narrow.results.layers_changed[0] == 0 < narrow.results.layers_changed[1]
+    assert [bool(sum(row)) for row in narrow.results.heads_direct] == [False, True, True, False]
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_perplexity_and_kl_are_those_of_the_two_models(figures, subject):
+def test_what_moved_is_the_mean_over_tokens_of_all_texts(card, subject):
+    changed = Change("narrow", NARROW, (1, 2), (0,))
+    expected = []
+    for ids in subject.texts.values():
+        _, before = observe(subject.model, ids)
+        with changed.applied(subject.model):
+            _, values = observe(subject.model, ids)
+        (direct,) = direct_changes(subject.model, [changed], ids)
+        expected.append((*total_changes(values, before), direct))
+    results = card.changes[2].results
+    for key, one, two in zip(("layers_changed", "heads_changed", "heads_direct"), *expected, strict=True):
+        assert not torch.allclose(one, two)
+        torch.testing.assert_close(torch.tensor(getattr(results, key)), (60 * one + 30 * two) / 90)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_perplexity_and_kl_are_those_of_the_two_models(card, subject):
     model, ids = subject.model, subject.texts["one"]
     before = model(torch.tensor([ids]))[0].double().log_softmax(dim=-1)
     with Change("narrow", NARROW, (1, 2), (0,)).applied(model):
         after = model(torch.tensor([ids]))[0].double().log_softmax(dim=-1)
-    row = figures["changes"][2]["texts"][0]
+    row = card.changes[2].results.texts[0]
     following = torch.tensor(ids[1:])[:, None]
-    assert row["after"] == pytest.approx(math.exp(-after[:-1].gather(1, following).mean()), rel=1e-6)
+    assert row.after == pytest.approx(math.exp(-after[:-1].gather(1, following).mean()), rel=1e-6)
     kl = (before.exp() * (before - after)).sum(dim=-1).mean().item()
-    assert row["kl_mean"] == pytest.approx(kl, rel=1e-5)
+    assert row.kl_mean == pytest.approx(kl, rel=1e-5)
 
 
-def test_a_kernel_without_a_cache_has_no_decode_speed(figures):
-    speed = figures["changes"][3]["speed"]
-    assert speed["decode"] is None
-    assert speed["decode_ratio"] is None
-    assert speed["prefill_ratio"] > 0
-    assert figures["unchanged"]["speed"]["prefill_ratio"] == 1.0
+def test_a_kernel_without_a_cache_has_no_decode_speed(card):
+    speed = card.changes[3].results.speed
+    assert (speed.decode, speed.decode_ratio) == (None, None)
+    assert speed.prefill_ratio > 0
+    assert card.unchanged.speed.prefill_ratio == 1.0
 
 
 def test_the_continuation_is_cut_where_it_parts(subject):
-    # A continuation that parts at once, and a text that comes from ids decoded with their prompt.
-    figures = scorecard(subject, [Change("none", ablate)], EXTENT)
-    (mine,), (own,) = figures["changes"][0]["continuations"], figures["unchanged"]["continuations"]
-    place = mine["parts_at"]
-    assert mine["ids"][:place] == own["ids"][:place]
-    assert mine["ids"][place] != own["ids"][place]
-    decode = subject.tokenizer.decode
-    prompt = subject.prompts["a cat"]
+    # This continuation differs at once. Texts are decoded together with their prompt.
+    brief = Extent(context=20, rounds=0, new_tokens=5)
+    card = scorecard(subject, [Change("none", ablate)], brief)
+    (mine,), (own,) = card.changes[0].results.continuations, card.unchanged.continuations
+    place = mine.parts_at
+    assert mine.ids[:place] == own.ids[:place]
+    assert mine.ids[place] != own.ids[place]
+    decode, prompt = subject.tokenizer.decode, subject.prompts["a cat"]
     start = len(decode(prompt))
-    assert mine["same"] == decode([*prompt, *mine["ids"][:place]])[start:].rstrip("\ufffd")
-    assert mine["same"] + mine["rest"] == decode([*prompt, *mine["ids"]])[start:]
-
-
-def test_logits_that_are_not_finite_are_refused_by_name(subject):
-    def overflowing(q, k, v, context):
-        return sdpa(q, k, v, context) * (torch.inf if q.shape[2] == 60 else 1)
-
-    with pytest.raises(InputError, match="overflowing: gives logits on one that are not finite"):
-        scorecard(subject, [Change("overflowing", overflowing)], EXTENT)
-
-
-def test_no_rounds_means_no_speed_and_the_model_is_as_before(subject):
-    figures = scorecard(subject, [Change("narrow", NARROW)], Extent(context=20, rounds=0, new_tokens=2))
-    assert "speed" not in figures["changes"][0]
+    assert mine.same == decode([*prompt, *mine.ids[:place]])[start:].rstrip("\ufffd")
+    assert mine.same + mine.rest == decode([*prompt, *mine.ids])[start:]
+    assert card.unchanged.speed is card.changes[0].results.speed is None
     assert [attention.kernel for attention in subject.model.attentions] == [sdpa] * 4
 
 
-def test_the_figures_are_plain_json(figures):
+def test_the_contract_is_checked_in_a_layer_that_is_changed_and_infinite_logits_are_refused(subject):
+    def overflowing(q, k, v, context):
+        assert context.layer >= 2
+        return sdpa(q, k, v, context) * (torch.inf if q.shape[2] == 60 else 1)
+
+    with pytest.raises(InputError, match="overflowing: gives logits on one that are not finite"):
+        scorecard(subject, [Change("overflowing", overflowing, (3, 2))], EXTENT)
+
+
+def test_the_figures_are_plain_json(card):
+    figures = dataclasses.asdict(card)
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures

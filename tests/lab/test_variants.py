@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinyllama
 from tests.shapes import some_ids, tiny_config, tiny_model
-from tinyllama import attention
-from tinyllama.attention import AttentionContext, AttentionMask, eager, sdpa
+from tinyllama.attention import AttentionContext, AttentionMask, eager
 from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS, kernel_name
 from tinyllama.lab import restatements, variants
@@ -103,41 +102,28 @@ def scores_of(query, keys, mask):
 # --- each against its equation ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, T - 1, T])
-def test_window_sees_itself_and_those_just_before_it(size):
-    q, k, v = inputs()
-    expected = by_loops(
-        lambda query, keys, i, h: softmax(scores_of(query, keys, [j for j in range(T) if i - size < j <= i])),
-        q,
-        k,
-        v,
-    )
-    assert relative(variants.window(q, k, v, context(), size=size), expected) < 1e-12
-
-
-@pytest.mark.parametrize(("first", "size"), [(0, 3), (1, 1), (1, 3), (2, 4), (T, 1)])
-def test_sinks_are_seen_beside_the_window(first, size):
-    q, k, v = inputs()
-    expected = by_loops(
-        lambda query, keys, i, h: softmax(
-            scores_of(query, keys, [j for j in range(i + 1) if i - size < j or j < first])
+@pytest.mark.parametrize(
+    ("kernel", "visible"),
+    [
+        *((partial(variants.window, size=n), lambda i, j, n=n: i - n < j) for n in (1, 2, 4, T - 1, T)),
+        *(
+            (partial(variants.sinks, first=m, size=n), lambda i, j, m=m, n=n: i - n < j or j < m)
+            for m, n in ((0, 3), (1, 1), (1, 3), (2, 4), (T, 1))
         ),
-        q,
-        k,
-        v,
-    )
-    assert relative(variants.sinks(q, k, v, context(), first=first, size=size), expected) < 1e-12
+        *((kernel, lambda i, j: True) for kernel in (restatements.loops, restatements.flex)),
+        *((partial(restatements.online, block=n), lambda i, j: True) for n in (1, 2, 4, T, 64)),
+    ],
+    ids=lambda one: kernel_name(one),
+)
+def test_windows_sinks_and_restatements_are_a_softmax_over_what_they_see(kernel, visible):
+    q, k, v = inputs()
 
+    def weights(query, keys, i, h):
+        return softmax(scores_of(query, keys, [j for j in range(i + 1) if visible(i, j)]))
 
-def test_without_sinks_it_is_the_window_and_a_long_window_is_everything():
-    q, k, v = inputs(dtype=torch.float32)
-    windowed = variants.window(q, k, v, context(), size=3)
-    assert torch.equal(variants.sinks(q, k, v, context(), first=0, size=3), windowed)
-    assert relative(windowed, eager(q, k, v, context())) > 0.1
-    for size in (T, 256):
-        masked = context().where(torch.ones(1, 1, T, T, dtype=torch.bool))
-        assert torch.equal(variants.window(q, k, v, context(), size=size), sdpa(q, k, v, masked))
-        assert relative(variants.window(q, k, v, context(), size=size), eager(q, k, v, context())) < 1e-5
+    # `loops` takes the softmax in float32, as transformers does.
+    limit = 1e-6 if kernel is restatements.loops else 1e-12
+    assert relative(kernel(q, k, v, context()), by_loops(weights, q, k, v)) < limit
 
 
 def author_s_slopes(heads):
@@ -153,7 +139,7 @@ def test_the_slopes_are_the_paper_s():
     assert author_s_slopes(12)[8:] == [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (9, 3), (12, 4), (4, 2), (1, 1), (2, 1), (6, 6)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (9, 3), (12, 4), (1, 1), (6, 6)])
 def test_alibi_is_a_penalty_by_distance_on_unturned_queries_and_keys(heads, kv_heads):
     q, k, v = inputs(heads, kv_heads)
     slopes = author_s_slopes(heads)
@@ -164,7 +150,7 @@ def test_alibi_is_a_penalty_by_distance_on_unturned_queries_and_keys(heads, kv_h
     taps = []
     z = variants.alibi(turned(q), turned(k), v, context(scores=lambda x: taps.append(x) or x))
     assert relative(z, by_loops(weights, q, k, v)) < 1e-12
-    # Alike queries and keys: what is left of the scores is the penalty itself.
+    # With queries and keys of zero the scores are the penalty alone.
     alike = torch.zeros_like(q), torch.zeros_like(k)
     variants.alibi(*alike, v, context(scores=lambda x: taps.append(x) or x))
     for h, slope in enumerate(slopes):
@@ -179,7 +165,7 @@ def test_no_positions_is_attention_on_what_was_before_rope():
     )
 
 
-@pytest.mark.parametrize("cap", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("cap", [0.3, 50.0])
 def test_softcap_bends_the_scores(cap):
     q, k, v = inputs()
 
@@ -192,33 +178,12 @@ def test_softcap_bends_the_scores(cap):
     assert relative(z, by_loops(weights, q, k, v)) < 1e-12
     variants.softcap(100 * q, k, v, context(scores=lambda x: taps.append(x) or x), cap=cap)
     lower = torch.ones(T, T, dtype=torch.bool).tril()
-    # Many are at the cap, none is beyond it.
+    # Many scores are at the cap, none is beyond it.
     assert taps[1][..., lower].abs().max() == pytest.approx(cap)
-
-
-def test_softcap_far_away_is_no_cap():
-    q, k, v = inputs()
-    errors = [
-        relative(variants.softcap(q, k, v, context(), cap=cap), eager(q, k, v, context()))
-        for cap in (1.0, 10.0, 100.0, 1e7)
-    ]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0.01
-    assert errors[-1] < 1e-12
 
 
 def phi(x):
     return [value + 1 if value > 0 else math.exp(value) for value in x]
-
-
-def test_linear_weights_are_products_of_positive_features():
-    q, k, v = inputs()
-
-    def weights(query, keys, i, h):
-        products = {j: dot(phi(query), phi(keys[j])) for j in range(i + 1)}
-        return {j: product / sum(products.values()) for j, product in products.items()}
-
-    assert relative(variants.linear(q, k, v, context()), by_loops(weights, q, k, v)) < 1e-12
 
 
 def test_linear_is_the_paper_s_running_state():
@@ -237,7 +202,7 @@ def test_linear_is_the_paper_s_running_state():
     assert relative(variants.linear(q, k, v, context()), expected) < 1e-12
 
 
-@pytest.mark.parametrize("layer", [0, 1, 5, 29])
+@pytest.mark.parametrize("layer", [0, 29])
 def test_differential_is_the_difference_of_two_patterns(layer):
     # Layers count from 1 in the paper: lambda = 0.8 - 0.6 exp(-0.3 (l - 1)).
     q, k, v = inputs()
@@ -280,7 +245,7 @@ def test_differential_depends_on_distances_alone_as_naive_halves_would_not():
     assert relative(naive(37), naive(0)) > 0.01
 
 
-@pytest.mark.parametrize("keys", [1, 2, 5, T - 1])
+@pytest.mark.parametrize("keys", [1, 2, 5, T, 32])
 def test_topk_is_a_softmax_over_the_largest(keys):
     q, k, v = inputs()
 
@@ -291,22 +256,14 @@ def test_topk_is_a_softmax_over_the_largest(keys):
     assert relative(variants.topk(q, k, v, context(), keys=keys), by_loops(weights, q, k, v)) < 1e-12
 
 
-@pytest.mark.parametrize("keys", [T, T + 1, 32])
-def test_topk_of_all_keys_is_plain_attention(keys):
-    q, k, v = inputs(dtype=torch.float32)
-    assert torch.equal(variants.topk(q, k, v, context(), keys=keys), eager(q, k, v, context()))
-
-
-def test_topk_keeps_ties_as_it_says():
+def test_topk_keeps_equal_scores():
     q, k, v = inputs()
     z = variants.topk(torch.zeros_like(q), k, v, context(), keys=1)
     expected = by_loops(lambda query, keys, i, h: dict.fromkeys(range(i + 1), 1 / (i + 1)), q, k, v)
     assert relative(z, expected) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "result"), [(4, 1), (4, 2), (4, 4), (4, 8), (2, 1), (2, 4), (2, 8), (1, 8)]
-)
+@pytest.mark.parametrize(("kv_heads", "result"), [(4, 1), (4, 2), (4, 4), (4, 8), (2, 8), (1, 8)])
 def test_regroup_takes_the_mean_of_neighbours_or_repeats_them(kv_heads, result):
     q, k, v = inputs(8, kv_heads)
     share, copies = max(kv_heads // result, 1), max(result // kv_heads, 1)
@@ -324,32 +281,21 @@ def test_regroup_takes_the_mean_of_neighbours_or_repeats_them(kv_heads, result):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "result"), [(8, 2, 3), (9, 3, 2), (12, 4, 3), (12, 3, 4), (8, 2, 16)]
-)
-def test_regroup_refuses_numbers_that_do_not_divide(heads, kv_heads, result):
-    q, k, v = inputs(heads, kv_heads)
-    with pytest.raises(InputError) as error:
-        variants.regroup(q, k, v, context(), kv_heads=result)
-    possible = {(8, 2): [1, 2, 4, 8], (9, 3): [1, 3, 9], (12, 4): [1, 2, 4, 12], (12, 3): [1, 3, 6, 12]}
-    expected = possible[heads, kv_heads]
-    assert str(error.value) == f"regroup: kv_heads: expected one of {expected}, got {result}"
-
-
-@pytest.mark.parametrize(
-    "kernel",
+    ("heads", "kv_heads", "result", "possible"),
     [
-        restatements.loops,
-        restatements.flex,
-        *(partial(restatements.online, block=n) for n in (1, 2, 4, T, 64)),
+        (8, 2, 3, [1, 2, 4, 8]),
+        (9, 3, 2, [1, 3, 9]),
+        (12, 4, 3, [1, 2, 4, 12]),
+        (12, 3, 4, [1, 3, 6, 12]),
+        (8, 2, 16, [1, 2, 4, 8]),
     ],
-    ids=kernel_name,
 )
-def test_restatements_are_plain_attention(kernel):
-    q, k, v = inputs()
-    expected = by_loops(lambda query, keys, i, h: softmax(scores_of(query, keys, range(i + 1))), q, k, v)
-    # `loops` takes the softmax in float32, as transformers does.
-    limit = 1e-6 if kernel is restatements.loops else 1e-12
-    assert relative(kernel(q, k, v, context()), expected) < limit
+def test_regroup_refuses_numbers_that_do_not_divide(heads, kv_heads, result, possible):
+    with pytest.raises(
+        InputError, match=rf"regroup: kv_heads: expected one of \[.*\], got {result}"
+    ) as error:
+        variants.regroup(*inputs(heads, kv_heads), context(), kv_heads=result)
+    assert str(possible) in str(error.value)
 
 
 class Shapes(TorchDispatchMode):
@@ -377,12 +323,12 @@ def test_online_never_holds_the_scores_of_all_keys():
         restatements.online(q, k, v, context(length), block=block)
     assert (2, H, length, length) in plain.seen
     assert (2, H, length, block) in blocks.seen
-    # The largest are the repeated values and the running sum.
+    # The largest tensors are the repeated values and the running sum.
     assert max(map(math.prod, blocks.seen)) == 2 * H * length * D
 
 
 def test_online_survives_scores_that_overflow_an_exponential():
-    # That is what the running maximum is for; the largest score comes first here, and last.
+    # The running maximum is there for this; the largest score comes first here, and last.
     q, k, v = inputs(dtype=torch.float32)
     for scale in (100.0, -100.0):
         for kernel in (partial(restatements.online, block=2), partial(restatements.online, block=4)):
@@ -390,29 +336,14 @@ def test_online_survives_scores_that_overflow_an_exponential():
             assert relative(z, eager(scale * q, k, v, context())) < 1e-5
 
 
-# --- their texts -----------------------------------------------------------------------------------------
-
-
-def kernels_in(module):
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and value.__module__ == module.__name__
-        and not name.startswith("_")
-        and list(inspect.signature(value).parameters)[:4] == ["q", "k", "v", "context"]
-    }
-
-
-def test_every_kernel_of_the_lab_has_its_name():
-    assert kernels_in(variants) | kernels_in(restatements) == VARIANTS
-    assert not VARIANTS.keys() & KERNELS.keys()
+# --- their docstrings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_short_and_names_its_paper(name):
     kernel = VARIANTS[name]
     assert kernel.__name__ == name
+    assert name not in KERNELS
     assert len(inspect.getsource(kernel).splitlines()) <= 25
     assert re.search(r"\(.*arXiv:\d{4}\.\d{5}\)", kernel.__doc__ or "", re.DOTALL)
     # Settings by keyword, each with a default: a name alone is enough.
@@ -425,7 +356,8 @@ def test_a_variant_is_short_and_names_its_paper(name):
 PROMPTS = [some_ids(1, n, seed=n)[0].tolist() for n in (7, 3, 5)]
 
 
-@pytest.mark.parametrize("name", SMALL)
+# The contract tries flex with caches and padding; a model of it takes seconds.
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "flex"])
 def test_a_batch_from_a_cache_continues_each_text_as_whole_passes_do(name):
     # Ragged prompts, so that there is padding on the left; float64, so that no two ids are a tie.
     model = tiny_model(dtype=torch.float64, num_hidden_layers=2)
@@ -448,7 +380,7 @@ def test_a_batch_from_a_cache_continues_each_text_as_whole_passes_do(name):
 
 
 def test_every_layer_may_have_its_own():
-    # Fails if one layer's kernel acts in another, or is told another layer's number.
+    # Fails if a kernel runs in another layer, or is told another layer's number.
     model = tiny_model(attention="sdpa", num_hidden_layers=len(SMALL))
     for layer, kernel in enumerate(SMALL.values()):
         model.set_attention(kernel, layers=[layer])
@@ -467,44 +399,16 @@ def test_every_layer_may_have_its_own():
         assert model.layers[layer].self_attn.extra_repr() == f"kernel={kernel_name(kernel)}"
 
 
-@pytest.mark.parametrize("name", ["alibi", "no_positions"])
-def test_rope_is_really_undone(name, monkeypatch):
-    model, ids = tiny_model(dtype=torch.float64), some_ids(2, 40)
-    model.set_attention(VARIANTS[name])
-    logits = model(ids)
-    with_rope = tiny_model(dtype=torch.float64)(ids)
-    assert relative(logits, with_rope) > 0.1
-    for module in (attention, variants):
-        monkeypatch.setattr(module, "rotate", lambda x, cos, sin: x)
-    assert relative(logits, model(ids)) < 1e-12
-    # Without RoPE to begin with, NoPE is what the model has.
-    if name == "no_positions":
-        assert relative(logits, tiny_model(dtype=torch.float64)(ids)) < 1e-12
-
-
-def test_no_positions_reads_the_projections_from_a_cache_and_beside_padding_too():
+def test_no_positions_in_a_model_attends_with_the_projections_before_rope():
     model = tiny_model(dtype=torch.float64)
     model.set_attention(variants.no_positions)
-    prompts, cache = PROMPTS[:2], model.new_cache(2, 16)
-    seen = {row: {"k_proj": [], "v_proj": []} for row in range(2)}
-    at = "layers.1.self_attn."
-    columns = torch.arange(9)
-    positions = torch.stack((columns, columns - 4)).clamp(min=-1)
-    ids = torch.tensor([prompts[0] + [5, 6], [0] * 4 + prompts[1] + [7, 8]])
-    for start, end in ((0, 3), (3, 7), (7, 8), (8, 9)):
-        with tinyllama.capture(model, *(at + part for part in ("q_proj", "k_proj", "v_proj", "z"))) as values:
-            model(ids[:, start:end], cache.upto(end), positions[:, start:end])
-        for row in range(2):
-            real = positions[row, start:end] >= 0
-            for name, parts in seen[row].items():
-                parts.append(values[at + name][row, real])
-            if not real[-1]:
-                continue
-            keys, vals = (torch.cat(seen[row][name]).view(-1, 2, 8) for name in ("k_proj", "v_proj"))
-            query = values[at + "q_proj"][row, -1].view(8, 8)
-            for h in range(8):
-                weights = (keys[:, h // 4] @ query[h] / math.sqrt(8)).softmax(dim=0)
-                assert relative(values[at + "z"][row, h, -1], weights @ vals[:, h // 4]) < 1e-12
+    with tinyllama.capture(
+        model, *(f"layers.1.self_attn.{x}_proj" for x in "qkv"), "layers.1.self_attn.z"
+    ) as values:
+        model(some_ids(2, 40))
+    *projections, z = values.values()
+    q, k, v = (x.view(2, 40, -1, D).transpose(1, 2) for x in projections)
+    assert relative(z, eager(q, k, v, context(40))) < 1e-12
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -547,38 +451,3 @@ def test_restatements_pass_parity():
     rows = {row.who: row for row in case.rows}
     assert [name for name in kernels if rows[name].failures] == []
     assert all(rows[name].failures for name in others)
-
-
-# --- in a trained model ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(smollm2_folder):
-    model, tokenizer = tinyllama.load(str(smollm2_folder), device="cpu", dtype="float32", attention="sdpa")
-    return model, tokenizer.encode("The capital of France is Paris. The capital of Germany is")
-
-
-def test_a_trained_model_reads_by_its_heads(trained):
-    model, ids = trained
-    batch = torch.tensor([ids])
-    expected = model(batch)
-    plain = tinyllama.generate(model, [ids], max_new_tokens=5)
-
-    def logits(kernel, **where):
-        model.set_attention(kernel, **where)
-        found = model(batch)
-        model.set_attention(sdpa)
-        return found
-
-    model.set_attention(partial(variants.window, size=8192))
-    assert tinyllama.generate(model, [ids], max_new_tokens=5) == plain
-    # What loses nothing changes nothing, and what loses something does.
-    assert relative(logits(partial(variants.regroup, kv_heads=9)), expected) < 1e-5
-    assert relative(logits(variants.ablate, layers=[5], heads=[2]), expected) > 1e-3
-    assert relative(logits(partial(variants.window, size=3)), expected) > 1e-2
-    right = expected[0, -1].argmax()
-    changed = {
-        name: logits(VARIANTS[name])[0, -1].log_softmax(-1)[right] for name in ("alibi", "no_positions")
-    }
-    assert all(value < expected[0, -1].log_softmax(-1)[right] - 1 for value in changed.values())
-    assert torch.equal(model(batch), expected)

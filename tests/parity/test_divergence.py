@@ -110,8 +110,8 @@ def window(q, k, v, context):
 
 
 def no_mask(q, k, v, context):
-    everything = replace(context.mask, mask=torch.ones_like(context.mask.allowed), causal=False)
-    return eager(q, k, v, replace(context, allowed=everything))
+    everything = replace(context.mask, allowed=torch.ones_like(context.mask.allowed), causal=False)
+    return eager(q, k, v, replace(context, mask=everything))
 
 
 def other_scale(q, k, v, context):

@@ -12,7 +12,7 @@ from tests.scripts.test_judging_scripts import assert_refused, figures_of, save
 from tests.scripts.test_scripts import load_script
 from tests.shapes import tiny_model
 from tinyllama.cli import terminal
-from tinyllama.lab.healing import load_healed
+from tinyllama.lab.healed import load_healed
 
 KERNELS = """
 import torch
@@ -31,7 +31,7 @@ def broken(q, k, v, context):
     return q.no_such_method()
 """
 TEXT = "the cat sat on the mat, a dog ate the hat. " * 12
-# A short text, no timing: the least that a run can do.
+# As little as possible: a short text, no timing.
 BRIEF = ("--text", "text.txt", "--tokens", "32", "--rounds", "0", "--new-tokens", "3", "--prompt", "a dog")
 
 
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path, tiny):
-    """Runs a script of that name beside files of kernels and text; returns exit status, stdout and stderr."""
+    """Runs a script in a folder with kernels and a text; returns exit status, stdout and stderr."""
     for name, content in (("my.py", KERNELS), ("text.txt", TEXT)):
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -63,8 +63,9 @@ def run(monkeypatch, capfd, tmp_path, tiny):
 # --- lab -------------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_of_ones_own_gets_its_card(run):
-    status, out, _ = run("lab", "my.py:near", "--layers", "1-2", *BRIEF[:5], "1", *BRIEF[6:])
+def test_a_kernel_file_gets_a_card_and_a_page(run, tmp_path):
+    timed = (*BRIEF[:5], "1", *BRIEF[6:])
+    status, out, err = run("lab", "my.py:near", "--layers", "1-2", *timed, "--html", "card.html")
     assert status == 0
     assert "beside the unchanged model (sdpa), on text.txt 32 tokens" in out
     assert "my.py:near, layers 1-2" in out
@@ -72,6 +73,8 @@ def test_a_kernel_of_ones_own_gets_its_card(run):
     row = next(line for line in out.splitlines() if line.startswith("my.py:near "))
     assert row.count("×") >= 2  # prefill and decode beside the unchanged model
     assert "text.txt, the first half" in out
+    assert err.endswith("wrote card.html\n")
+    assert "my.py:near" in (tmp_path / "card.html").read_text("utf-8")
 
 
 def test_several_kernels_settings_and_places_in_one_run_as_json(run):
@@ -81,29 +84,21 @@ def test_several_kernels_settings_and_places_in_one_run_as_json(run):
     figures = figures_of(out)
     mine, window = figures["changes"]
     assert status == 0
-    assert mine["name"] == "my.py:near:size=2"
-    assert mine["layers"] == [0, 3]
-    assert mine["heads"] == [1]
-    # Two ways to say the same.
-    assert mine["all"] == window["all"]
-    assert mine["heads_direct"] == window["heads_direct"]
-    assert [bool(sum(row)) for row in mine["heads_direct"]] == [True, False, False, True]
+    assert (mine["name"], mine["layers"], mine["heads"]) == ("my.py:near:size=2", [0, 3], [1])
+    assert mine["results"] == window["results"]  # two ways to write the same kernel
+    assert [bool(sum(row)) for row in mine["results"]["heads_direct"]] == [True, False, False, True]
     assert figures["machine"]["command"].startswith("python scripts/lab.py my.py:near:size=2 window:size=2")
 
 
-def test_a_leak_is_shown_with_its_smallest_example_and_status_1(run):
-    status, out, _ = run("lab", "my.py:leak", "my.py:near", *BRIEF)
+def test_a_broken_kernel_is_shown_with_its_smallest_example_and_status_1(run):
+    status, out, _ = run("lab", "my.py:leak", "my.py:broken", "my.py:near", *BRIEF)
     assert status == 1
-    assert "my.py:leak: breaks the contract, so it is measured no further" in out
+    assert "my.py:leak: breaks the contract" in out
     assert "T=2: token 0 changes when token 1 does" in out
-    assert "my.py:near, layers 0-3" in out
-
-
-def test_a_kernel_that_fails_is_told_with_its_own_line(run):
-    status, out, _ = run("lab", "my.py:broken", *BRIEF)
-    assert status == 1
     assert "has no attribute 'no_such_method'" in out
-    assert "return q.no_such_method()" in out
+    assert "return q.no_such_method()" in out  # the user's own line
+    assert "my.py:near, layers 0-3" in out
+    assert "my.py:leak, layers" not in out
 
 
 def test_variants_and_addresses_are_listed(run):
@@ -121,23 +116,15 @@ def test_variants_and_addresses_are_listed(run):
 
 
 def test_what_a_capture_costs_is_measured(run):
-    refused = run("lab", "--capture", "layers.*.self_attn.pattern", *BRIEF)  # strict here as anywhere
-    assert_refused(refused, "nothing was computed there; run the model inside the block, by a kernel that")
+    refused = run("lab", "--capture", "layers.*.self_attn.pattern", *BRIEF)  # a fused kernel has none
+    assert_refused(refused, "layers.0.self_attn.pattern")
     status, out, err = run("lab", "--capture", "layers.*.self_attn.z", *BRIEF)
     assert (status, err) == (0, "")
     text, step, captured = out.splitlines()
     assert text.startswith("a text of 32 tokens: ")
     assert step.startswith("one token more, from the cache: ")
     assert all("of which the taps take" in line and "with the capture" in line for line in (text, step))
-    # 4 layers of 8 heads of 8 numbers of 4 bytes, 32 times.
-    assert captured == "captured of the text: 0.0 MB"
-
-
-def test_the_page_is_written_and_holds_the_figures(run, tmp_path):
-    status, _, err = run("lab", "my.py:near", *BRIEF, "--html", "card.html")
-    assert status == 0
-    assert err.endswith("wrote card.html\n")
-    assert "my.py:near" in (tmp_path / "card.html").read_text("utf-8")
+    assert captured == "captured of the text: 0.0 MB"  # 4 layers, 32 tokens, 8 heads of 8 float32 numbers
 
 
 @pytest.mark.parametrize(
@@ -167,31 +154,26 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, expected):
 LEARN = ("my.py:near:size=1", "--layers", "1-2", "--text", "text.txt", "--length", "16", "--lr", "0.01")
 
 
-def test_healing_shows_three_perplexities_and_keeps_the_layers(run, tmp_path):
+def test_healing_shows_three_perplexities_and_saves_the_layers(run, tmp_path):
     status, out, err = run("heal", *LEARN, "--steps", "40", "--out", "h.safetensors")
     assert status == 0
     lines = out.splitlines()
     assert lines[0].endswith("held-out tokens, beside the unchanged model:")
     unchanged, changed, healed = (float(line.split()[1].rstrip(",").replace(",", "")) for line in lines[1:])
     assert [line.split()[0] for line in lines[1:]] == ["unchanged", "changed", "healed"]
-    assert healed < min(unchanged, changed)  # a text of one sentence is soon learnt
+    assert healed < min(unchanged, changed)  # a text of one sentence is learnt quickly
     assert lines[3].endswith("40 steps")
     assert "40 of 40: loss " in err
     assert err.endswith("wrote h.safetensors, 40 steps\n")
-    assert err.startswith("warning: the text will be read 20 times, and learnt by heart")
+    assert err.startswith("warning: the text will be read 20 times")
     assert len(load_healed(tmp_path / "h.safetensors").losses) == 40
 
 
-def test_healing_goes_on_from_its_file_and_the_lab_measures_it(run, tmp_path):
+def test_healing_resumes_from_its_file_and_the_lab_measures_it(run, tmp_path):
     run("heal", *LEARN, "--steps", "2", "--out", "h.safetensors")
     status, out, _ = run("heal", *LEARN, "--steps", "4", "--out", "h.safetensors", "--json")
-    figures = json.loads(out)
     assert status == 0
-    assert len(figures["losses"]) == 4
-    run("heal", *LEARN, "--steps", "4", "--out", "whole.safetensors")
-    whole, parts = (load_healed(tmp_path / name) for name in ("whole.safetensors", "h.safetensors"))
-    assert whole.losses == parts.losses
-    assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
+    assert len(json.loads(out)["losses"]) == 4
     before = (tmp_path / "h.safetensors").read_bytes()
     status, out, err = run("heal", *LEARN, "--steps", "3", "--out", "h.safetensors")  # nothing left to do
     assert status == 0
@@ -205,40 +187,35 @@ def test_healing_goes_on_from_its_file_and_the_lab_measures_it(run, tmp_path):
     plain, healed = figures_of(out)["changes"]
     assert healed["name"] == "my.py:near:size=1, healed 4 steps"
     assert healed["layers"] == [1, 2]
-    assert healed["all"]["after"] != plain["all"]["after"]
-    assert healed["all"]["before"] == plain["all"]["before"]
+    assert healed["results"]["all"]["after"] != plain["results"]["all"]["after"]
+    assert healed["results"]["all"]["before"] == plain["results"]["all"]["before"]
 
 
-def test_another_experiment_does_not_go_on_from_a_file(run, tmp_path):
+def test_another_experiment_does_not_resume_from_a_file(run, tmp_path):
     run("heal", *LEARN, "--steps", "1", "--out", "h.safetensors")
     before = (tmp_path / "h.safetensors").read_bytes()
     result = run("heal", *LEARN[:-1], "0.02", "--steps", "2", "--out", "h.safetensors")
-    assert_refused(result, "h.safetensors: is a healing with lr 0.01, expected 0.02; give another --out")
+    assert_refused(result, "h.safetensors: was trained with lr 0.01, expected 0.02")
     (tmp_path / "text.txt").write_text(TEXT * 2)
-    assert_refused(run("heal", *LEARN, "--steps", "2", "--out", "h.safetensors"), "is a healing with text")
+    assert_refused(run("heal", *LEARN, "--steps", "2", "--out", "h.safetensors"), "was trained with text")
     assert (tmp_path / "h.safetensors").read_bytes() == before
 
 
-def test_ctrl_c_ends_after_the_step_and_keeps_it(run, tmp_path, monkeypatch):
-    steps = []
+def test_ctrl_c_ends_after_the_running_step_and_saves_it(run, tmp_path, monkeypatch):
+    steps, adamw_step = [], torch.optim.AdamW.step
 
-    def interrupted(model, change, ids, settings, count, start=None):
-        for healed in heal(model, change, ids, settings, count, start):
-            steps.append(healed)
-            if len(steps) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield healed
+    def interrupted(optimizer, *arguments):
+        steps.append(adamw_step(optimizer, *arguments))
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    from tinyllama.lab import healing
-
-    heal = healing.heal
-    monkeypatch.setattr(healing, "heal", interrupted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     status, out, err = run("heal", *LEARN, "--steps", "9", "--out", "h.safetensors")
     assert status == 130
     assert out.endswith("3 steps\n")
     assert "wrote h.safetensors, 3 steps" in err
     assert len(load_healed(tmp_path / "h.safetensors").losses) == 3
-    assert signal.getsignal(signal.SIGINT) is not None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
@@ -249,17 +226,11 @@ def test_ctrl_c_ends_after_the_step_and_keeps_it(run, tmp_path, monkeypatch):
         ([*LEARN, "--steps", "1", "--length", "1000"], "expected more than 1000 tokens to learn from"),
         ([*LEARN, "--lr", "-1"], "--lr: expected a number between 0 and 1, got -1.0"),
         ([*LEARN, "--batch", "0"], "--batch: expected 1 or more, got 0"),
-        (
-            [*LEARN, "--out", "absent/h.safetensors"],
-            "--out absent/h.safetensors: expected a file",
-        ),
+        ([*LEARN, "--out", "absent/h.safetensors"], "--out absent/h.safetensors: expected a file"),
         ([*LEARN, "--out", "text.txt"], "text.txt: expected a file that heal.py wrote"),
         ([*LEARN, "--layers", "7"], "layers: expected 0 to 3, got 7"),
     ],
 )
 def test_bad_input_to_heal_is_one_line_and_status_2(run, tmp_path, arguments, expected):
     assert_refused(run("heal", *arguments), expected)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
-        "my.py",
-        "text.txt",
-    ]
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"my.py", "text.txt"}

@@ -2,9 +2,9 @@ from .change import Change as Change
 from .clauses import CLAUSES as CLAUSES
 from .clauses import breaks as breaks
 from .contract import check_attention as check_attention
+from .healed import load_healed as load_healed
+from .healed import save_healed as save_healed
 from .healing import heal as heal
-from .healing import load_healed as load_healed
-from .healing import save_healed as save_healed
 from .interpretation import activation_patching as activation_patching
 from .interpretation import direct_logit_attribution as direct_logit_attribution
 from .interpretation import head_scores as head_scores

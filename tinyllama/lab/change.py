@@ -1,4 +1,4 @@
-"""An experiment: another kernel in some layers and heads of a model, for as long as it is looked at."""
+"""An experiment: another kernel in some layers and heads of a model, applied for as long as a block runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Change:
     """A kernel and where it goes.
 
     Attributes:
-        name: as it is called in results.
+        name: its name in results.
         kernel: the kernel.
-        layers: in which layers; None: in all.
-        heads: for which query heads; None: for all.
+        layers: the layers that it goes to; None: all.
+        heads: the query heads that it goes to; None: all.
         weights: parameters that come with it, by name, such as healed ones.
     """
 
@@ -33,14 +33,14 @@ class Change:
 
     @contextmanager
     def applied(self, model: Llama) -> Iterator[None]:
-        """The model attends by it while the block runs; afterwards it is as before, whatever happens.
+        """Change the model while the block runs; afterwards it is as before, whatever happens.
 
         Raises:
-            InputError: there is no such layer or head, or the weights are of another model.
+            InputError: there is no such layer or head, or the weights belong to another model.
         """
         kernels = {attention: attention.kernel for attention in model.attentions}
         model.set_attention(self.kernel, self.layers, self.heads)
-        parameters = dict(model.named_parameters())  # the kernel's own among them
+        parameters = dict(model.named_parameters())  # a kernel's own parameters too
         before: dict[str, Tensor] = {}
         try:
             for name, weight in self.weights.items():
@@ -59,5 +59,5 @@ class Change:
                 attention.kernel = kernel
 
     def __contains__(self, layer: int) -> bool:
-        """Whether a layer is changed."""
+        """Whether the kernel goes to this layer."""
         return self.layers is None or layer in self.layers

@@ -1,4 +1,4 @@
-"""What an attention kernel promises, clause by clause, and how one says that it breaks some."""
+"""The twelve clauses of the contract of attention kernels, and how a kernel declares that it breaks some."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tinyllama.errors import InputError
 from tinyllama.kernels import ByHead, kernel_name
 
 CLAUSES = {
-    "shape": "gives (B, H, T, D), for any number of rows, queries and keys",
-    "pure": "leaves its inputs as they are, and gives the same again",
-    "causal": "a later token changes no bit of what comes before it",
-    "cache": "token by token from a cache gives what the whole text gives",
-    "chunks": "a text in pieces gives what the whole text gives",
-    "batch": "the rows of a batch do not touch each other",
+    "shape": "returns (B, H, T, D) for any number of rows, queries and keys",
+    "pure": "leaves its inputs unchanged and returns the same result again",
+    "causal": "a later token changes no bit of an earlier token's output",
+    "cache": "token by token from a cache equals the whole text at once",
+    "chunks": "a text in pieces equals the whole text at once",
+    "batch": "the rows of a batch do not affect each other",
     "padding": "padding on the left changes nothing",
     "groups": "query head h reads KV head h // (H / K)",
-    "dtype": "gives what it gets: float64, float32, bfloat16 or float16",
-    "finite": "a query that sees nothing gets something finite",
-    "gradient": "the gradients of q, k and v are there, right and finite",
-    "compile": "torch.compile makes one graph of it, which gives the same",
+    "dtype": "returns the dtype it gets: float64, float32, bfloat16 or float16",
+    "finite": "a query that sees no key gets a finite result",
+    "gradient": "the gradients of q, k and v are right and finite",
+    "compile": "torch.compile makes one graph of it, with the same result",
 }
 # Without these no other clause means anything.
 UNBREAKABLE = ("shape", "pure")
@@ -34,9 +34,9 @@ UNBREAKABLE = ("shape", "pure")
 def breaks(*clauses: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare that a kernel breaks clauses of the contract: `@breaks("cache")` over its definition.
 
-    `check_attention` then takes them for broken on purpose. What a forward pass can see is refused where it
-    would give wrong results in silence: a cache ("cache"), a part of a text ("chunks"), several rows
-    ("batch"), padding ("padding").
+    `check_attention` then accepts that they are broken. The kernel refuses every forward pass in which a
+    broken clause would give wrong results silently: from a cache ("cache"), of a part of a text ("chunks"),
+    of several rows ("batch"), with padding ("padding").
 
     Raises:
         InputError: there is no such clause, or it may not be broken.
@@ -59,7 +59,7 @@ def breaks(*clauses: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
 
 def broken_clauses(kernel: Kernel) -> frozenset[str]:
-    """The clauses that a kernel declares to break."""
+    """The clauses that a kernel declares it breaks."""
     if isinstance(kernel, functools.partial):
         return broken_clauses(kernel.func)
     if isinstance(kernel, ByHead):
@@ -68,7 +68,7 @@ def broken_clauses(kernel: Kernel) -> frozenset[str]:
 
 
 def undeclared(kernel: Kernel) -> Kernel:
-    """The kernel itself, which refuses nothing: to see whether it breaks what it declares."""
+    """The kernel without its declarations, which refuses nothing: to check whether they are true."""
     if isinstance(kernel, functools.partial):
         return functools.partial(undeclared(kernel.func), *kernel.args, **kernel.keywords)
     if isinstance(kernel, ByHead):
@@ -77,7 +77,7 @@ def undeclared(kernel: Kernel) -> Kernel:
 
 
 def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: AttentionContext) -> None:
-    """Raise InputError if this pass needs a clause that the kernel declares to break."""
+    """Raise InputError if this pass needs one of the clauses."""
     B, T, S = q.shape[0], q.shape[2], k.shape[2]
     got = None
     if "cache" in clauses and T == 1 < S:
@@ -91,12 +91,12 @@ def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: 
     if got is not None:
         raise InputError(
             f"{name}: got {got}, but it declares that it breaks {', '.join(sorted(clauses))}; "
-            "run it on whole texts, each alone"
+            "run it on whole texts, one at a time"
         )
 
 
 def _padded(context: AttentionContext) -> bool:
-    # Looks at data, so never inside a graph.
+    # Reads values of a tensor, which a compiled graph cannot do.
     mask = context.mask
     if mask.causal or torch.compiler.is_compiling():
         return False

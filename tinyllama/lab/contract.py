@@ -1,102 +1,127 @@
 """`check_attention`: does a kernel keep the contract? If not, which clause, and the smallest example.
 
-Every clause is tried on texts from one token upwards, so the first example that breaks it is the smallest.
+Every clause is checked on texts from one token upwards, so the first example that breaks it is the smallest.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tinyllama.attention import Kernel
 from tinyllama.errors import InputError
 from tinyllama.kernels import kernel_name
-from tinyllama.lab.checks import CHECKS, Trial
+from tinyllama.lab.checks import CHECKS, SIZES, Check
 from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
+from tinyllama.lab.trial import Trial
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One clause of the contract, tried on a kernel.
+    """One clause of the contract, checked on a kernel.
 
     Attributes:
-        name: of the clause; `CLAUSES` says what it asks for.
-        example: the smallest one that breaks it; None where it is kept.
-        declared: whether the kernel declares that it breaks it.
+        name: of the clause.
+        says: what it demands.
+        declared: the kernel declares that it breaks this clause.
+        example: the smallest example that breaks it; None if it holds.
+        verdict: kept, declared (broken, as declared) or BROKEN.
     """
 
     name: str
-    example: str | None
+    says: str
     declared: bool
+    example: str | None
+    verdict: str
 
-    @property
-    def verdict(self) -> str:
-        """kept, declared (broken, as declared) or BROKEN."""
-        return "kept" if self.example is None else "declared" if self.declared else "BROKEN"
+    def __str__(self) -> str:
+        """One line."""
+        in_vain = "; declared broken, but it holds" if self.declared and self.example is None else ""
+        return f"  {self.verdict:<9}{self.name:<9} {self.example or self.says + in_vain}"
 
 
 @dataclass(frozen=True)
 class Contract:
-    """A kernel's clauses; after a broken shape no other is tried."""
+    """The clauses of a kernel; after a broken shape the others are not checked."""
 
     kernel: str
     clauses: tuple[Clause, ...]
 
     @property
     def passed(self) -> bool:
-        """Every clause is kept, or declared to be broken."""
+        """Every clause is kept, or broken as declared."""
         return all(clause.verdict != "BROKEN" for clause in self.clauses)
 
     def __str__(self) -> str:
         """A line for each clause."""
-        lines = [f"{self.kernel}: {'keeps the contract' if self.passed else 'BREAKS the contract'}"]
-        for clause in self.clauses:
-            said = clause.example or CLAUSES[clause.name] + ("; declared in vain" if clause.declared else "")
-            lines.append(f"  {clause.verdict:<9}{clause.name:<9} {said}")
-        return "\n".join(lines)
+        verdict = "keeps the contract" if self.passed else "BREAKS the contract"
+        return "\n".join([f"{self.kernel}: {verdict}", *map(str, self.clauses)])
 
 
 def check_attention(
-    kernel: Kernel, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layer: int = 0
+    kernel: Kernel,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    layer: int = 0,
+    *,
+    clauses: Collection[str] = tuple(CLAUSES),
+    longest: int = SIZES[-1][1],
 ) -> Contract:
-    """Try a kernel on every clause of the contract, on random queries, keys and values.
+    """Check a kernel on every clause of the contract, with random queries, keys and values.
+
+    Clauses that the kernel declares broken (`breaks`) are checked too.
 
     Args:
-        kernel: what is in question.
+        kernel: the kernel to check.
         heads: H, query heads.
         kv_heads: K.
         head_dim: D.
-        layer: the one it is told it is in.
-
-    What the kernel declares (`breaks`) is tried too, and told apart from what it breaks unsaid.
+        layer: the layer that the kernel is told it is in.
+        clauses: the clauses to check.
+        longest: the most tokens that a text has: long texts take most of the time.
 
     Raises:
-        InputError: the heads do not divide, or the kernel refuses them or its settings.
+        InputError: H is no multiple of K, there is no such clause, or the kernel refuses its settings.
     """
     if heads % kv_heads:
         raise InputError(f"check_attention: {heads} query heads cannot share {kv_heads} KV heads evenly")
+    if unknown := set(clauses) - set(CLAUSES):
+        raise InputError(f"clauses: expected some of {', '.join(CLAUSES)}, got {min(unknown)!r}")
     trial = Trial(undeclared(kernel), heads, kv_heads, head_dim, layer)
     declared = broken_clauses(kernel)
-    clauses: list[Clause] = []
-    for name, check in CHECKS.items():
-        clauses.append(Clause(name, _first(trial, check(trial)), name in declared))
-        if name == "shape" and clauses[0].example is not None:
+    found: list[Clause] = []
+    for name, (check, sizes) in CHECKS.items():
+        if name not in clauses:
+            continue
+        example = _first(trial, check, [size for size in sizes if size[1] <= longest] or sizes)
+        verdict = "kept" if example is None else "declared" if name in declared else "BROKEN"
+        found.append(Clause(name, CLAUSES[name], name in declared, example, verdict))
+        if name == "shape" and example is not None:
             break
-    return Contract(kernel_name(kernel), tuple(clauses))
+    return Contract(kernel_name(kernel), tuple(found))
 
 
-def _first(trial: Trial, examples: Iterator[str]) -> str | None:
-    try:
-        return next(examples, None)
-    except InputError:
-        raise
-    except Exception as error:
-        # Where in the kernel's own file, rather than deep inside PyTorch.
-        kernel = trial.kernel.func if isinstance(trial.kernel, partial) else trial.kernel
-        code = getattr(getattr(kernel, "forward", kernel), "__code__", None)
-        frames = traceback.extract_tb(error.__traceback__)
-        last = ([frame for frame in frames if code and frame.filename == code.co_filename] or frames)[-1]
-        message = str(error).strip().split("\n")[0]
-        return f"T={trial.tried[-1]}: {type(error).__name__}: {message} (line {last.lineno}: {last.line})"
+def _first(trial: Trial, check: Check, sizes: Sequence[tuple[int, int]]) -> str | None:
+    """The first example that breaks a clause, an exception included."""
+    for B, T in sizes:
+        try:
+            if (example := next(check(trial, B, T), None)) is not None:
+                return f"T={T}: {example}"
+        except InputError:
+            raise
+        except Exception as error:
+            return f"T={T}: {_located(error, trial.kernel)}"
+    return None
+
+
+def _located(error: Exception, kernel: Kernel) -> str:
+    """The error and where it happened: in the kernel's own file, rather than deep inside PyTorch."""
+    kernel = kernel.func if isinstance(kernel, partial) else kernel
+    code = getattr(getattr(kernel, "forward", kernel), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if code and frame.filename == code.co_filename] or frames)[-1]
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message} (line {last.lineno}: {last.line})"

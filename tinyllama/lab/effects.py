@@ -1,4 +1,4 @@
-"""What a change does inside the model: to each head by itself, to each layer in the end, to the KV cache."""
+"""What a change does inside the model: to each head, to each layer, and to the KV cache."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import broken_clauses
 from tinyllama.model import Llama
 
-# What is compared in the end: the residual stream after each layer, and each head's output.
 RESIDUAL = "layers.*"
 HEADS = "layers.*.self_attn.z"
 
 
 def relative_change(value: Tensor, before: Tensor) -> Tensor:
-    """Length of the change over that of the value, mean over tokens: (..., T, C) -> (...).
-
-    What was zero and is not any more has changed by 1.
-    """
+    """|value - before| / |before|, mean over tokens: (..., T, C) -> (...); 1 where only `before` is zero."""
     change, length = (value - before).norm(dim=-1), before.norm(dim=-1)
     return torch.where(length > 0, change / length, (change > 0).to(change)).mean(dim=-1)
 
 
 @torch.no_grad()
 def observe(model: Llama, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """One pass: logits (T, V), and the residual stream and heads' outputs by address."""
+    """One pass: logits (T, V), and by address each layer's residual stream and each head's output."""
     device = model.embed_tokens.weight.device
     with capture(model, RESIDUAL, HEADS) as values:
         logits = model(torch.tensor([list(ids)], device=device))
@@ -38,7 +34,7 @@ def observe(model: Llama, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]
 
 
 def total_changes(values: dict[str, Tensor], before: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """How far each layer's residual stream (L,) and each head's output (L, H) moved between two passes."""
+    """Relative changes between two passes: of each layer's residual stream (L,) and head's output (L, H)."""
     moved = {address: relative_change(value, before[address]).cpu() for address, value in values.items()}
     heads = [moved[address] for address in moved if address.endswith(".z")]
     return torch.stack([moved[address] for address in moved if address[-1] != "z"]), torch.stack(heads)
@@ -46,10 +42,10 @@ def total_changes(values: dict[str, Tensor], before: dict[str, Tensor]) -> tuple
 
 @torch.no_grad()
 def direct_changes(model: Llama, changes: Sequence[Change], ids: Sequence[int]) -> list[Tensor]:
-    """How far each head's output moves when only that head is changed: (L, H) for each change.
+    """The relative change of each head's output when that head alone is changed: (L, H) for each change.
 
-    One pass of the unchanged model, in which every changed kernel computes beside the model's own, from the
-    same queries, keys and values.
+    In one pass of the unchanged model, every changed kernel gets the queries, keys and values of the model's
+    own kernel, and the two outputs are compared.
     """
     L, H = model.config.num_hidden_layers, model.config.num_attention_heads
     moved = [torch.zeros(L, H) for _ in changes]
@@ -73,10 +69,10 @@ def direct_changes(model: Llama, changes: Sequence[Change], ids: Sequence[int]) 
 
 @torch.no_grad()
 def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
-    """Of the keys and values of a text's first half, the share that its second half still reads.
+    """The share of the keys of a text's first half that its second half still reads: a cache must keep these.
 
-    Reading is measured: a value is read where a later output has a gradient by it. What nobody reads, a cache
-    need not keep. None where a kernel declares that it has no gradient.
+    A key is read if the gradient of some later output by its value is not zero. None if a kernel declares
+    that it breaks "gradient".
     """
     shares: list[float] = []
     half = len(ids) // 2
@@ -103,7 +99,7 @@ def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
 
 @contextmanager
 def _wrapped(model: Llama, wrap: Callable[[Kernel], Kernel]) -> Iterator[None]:
-    """Every layer's kernel in something that looks at it."""
+    """Every layer's kernel replaced by `wrap` of it while the block runs."""
     with ExitStack() as swaps:
         for attention in model.attentions:
             change = Change("wrapped", wrap(attention.kernel), (attention.layer,))

@@ -18,7 +18,7 @@ from tinyllama.model import Llama
 
 @torch.no_grad()
 def logit_lens(model: Llama, ids: Sequence[int]) -> Tensor:
-    """What each layer would predict if it were the last (nostalgebraist 2020, "the logit lens").
+    """What each layer would predict if it were the last one (nostalgebraist 2020, "the logit lens").
 
     The residual stream after the embedding and after every layer goes through the final norm and the head.
 
@@ -39,9 +39,9 @@ class Attribution:
     """What each part of a model adds to one logit, or to the difference of two.
 
     Attributes:
-        embedding: of the last token.
-        heads: (L, H).
-        mlps: (L,).
+        embedding: what the last token's embedding adds.
+        heads: what each head adds, (L, H).
+        mlps: what each MLP adds, (L,).
     """
 
     embedding: Tensor
@@ -50,7 +50,7 @@ class Attribution:
 
     @property
     def total(self) -> Tensor:
-        """The sum: the logit itself, up to rounding."""
+        """The sum, which is the logit up to rounding."""
         return self.embedding + self.heads.sum() + self.mlps.sum()
 
 
@@ -58,17 +58,17 @@ class Attribution:
 def direct_logit_attribution(
     model: Llama, ids: Sequence[int], token: int, against: int | None = None
 ) -> Attribution:
-    """Split the last position's logit of a token by what wrote it into the residual stream.
+    """Split a token's logit at the last position into what each part of the model adds to it.
 
-    The stream is a sum of the embedding, every head's output through its part of o_proj, and every MLP's
-    output; the final norm divides all by one number, so the logit is a sum too (Elhage et al. 2021, "A
+    The residual stream is the sum of the embedding, every head's output through its part of o_proj, and every
+    MLP's output. The final norm divides it by one number, so the logit is a sum too (Elhage et al. 2021, "A
     Mathematical Framework for Transformer Circuits").
 
     Args:
         model: the model.
         ids: the text.
-        token: whose logit.
-        against: a second token; then its logit is subtracted.
+        token: the token.
+        against: a second token, whose logit is subtracted.
     """
     H, D = model.config.num_attention_heads, model.config.head_dim
     with capture(model, "embed_tokens", "layers.*.self_attn.z", "layers.*.mlp", "layers.*") as values:
@@ -95,23 +95,24 @@ def activation_patching(
     metric: Callable[[Tensor], Tensor],
     pattern: str = "layers.*",
 ) -> Tensor:
-    """Where does the difference between two texts live? (Meng et al. 2022, arXiv:2202.05262, section 2.)
+    """Find which values carry the difference between two texts.
 
-    Runs the corrupted text with one value of the clean run put in its place, for every address and every
-    index of the value's second axis: the position of a residual stream, the head of a z.
+    Meng et al. 2022 (arXiv:2202.05262), section 2. Runs the corrupted text once for every address and every
+    index of the value's second axis (the position of a residual stream, the head of a z), with the value at
+    that index taken from the clean run.
 
     Args:
         model: the model.
         clean: ids of one text.
-        corrupted: ids of another, as many.
-        metric: logits of the last position, (N, V) -> (N,).
+        corrupted: ids of another text of the same length.
+        metric: from logits of the last position to a number, (N, V) -> (N,).
         pattern: the addresses; values (B, T, C) or (B, H, T, D).
 
     Returns:
         (addresses, positions or heads): the metric after each patch.
 
     Raises:
-        InputError: the texts have different lengths, or as for `capture`.
+        InputError: the texts have different lengths, or `capture` refuses the pattern.
     """
     if len(clean) != len(corrupted):
         raise InputError(
@@ -121,7 +122,7 @@ def activation_patching(
         model.hidden_states(_batch(model, clean))
     results = []
     for address, value in dict(values).items():
-        # Row n of one batch has the clean value at index n.
+        # All indices in one batch: row n gets the clean value at index n.
         rows = torch.arange(value.shape[1], device=value.device)
 
         def put(x: Tensor, value: Tensor = value, rows: Tensor = rows) -> Tensor:
@@ -135,11 +136,11 @@ def activation_patching(
 
 @dataclass(frozen=True)
 class HeadScores:
-    """How much each head attends to a place, 0 to 1.
+    """How much of its attention each head gives to a place, 0 to 1.
 
     Attributes:
-        previous: to the token before, (L, H).
-        induction: to the token after the same token's last occurrence, (L, H).
+        previous: to the previous token, (L, H).
+        induction: to the token after the last occurrence of the same token, (L, H).
     """
 
     previous: Tensor
@@ -148,13 +149,13 @@ class HeadScores:
 
 @torch.no_grad()
 def head_scores(model: Llama, length: int = 64, seed: int = 0) -> HeadScores:
-    """Look for previous-token and induction heads (Olsson et al. 2022, arXiv:2209.11895).
+    """Find previous-token and induction heads (Olsson et al. 2022, arXiv:2209.11895).
 
-    The text is random and comes twice: nothing but copying predicts its second half, in which an induction
-    head attends from each token to the one that followed it the first time.
+    The text is random and repeated once: only copying predicts its second half, in which an induction head
+    attends from each token to the one that followed it the first time.
 
     Args:
-        model: the model; it attends by the textbook kernel here.
+        model: the model; meanwhile it attends by the textbook kernel, which has patterns.
         length: tokens of the text before it is repeated.
         seed: of the text.
     """

@@ -1,4 +1,4 @@
-"""An attention kernel by its name, or out of a user's own file."""
+"""An attention kernel by its name, or from a user's file."""
 
 from __future__ import annotations
 
@@ -21,30 +21,18 @@ from tinyllama.kernels import KERNELS
 from tinyllama.lab import restatements, variants
 
 VARIANTS: dict[str, Kernel] = {
-    kernel.__name__: kernel
-    for kernel in (
-        variants.window,
-        variants.sinks,
-        variants.alibi,
-        variants.no_positions,
-        variants.softcap,
-        variants.linear,
-        variants.differential,
-        variants.topk,
-        variants.regroup,
-        variants.ablate,
-        restatements.loops,
-        restatements.online,
-        restatements.flex,
+    name: getattr(module, name)
+    for module, names in (
+        (variants, "window sinks alibi no_positions softcap linear differential topk regroup ablate"),
+        (restatements, "loops online flex"),
     )
+    for name in names.split()
 }
-
-
 BUILT_IN = KERNELS | VARIANTS
 
 
 def load_kernel(spec: str) -> Kernel:
-    """The kernel that a name (`sdpa`, `window`) or `file.py:function` stands for; runs the file.
+    """The kernel of a name (`sdpa`, `window`), or of `file.py:function`, whose file is run.
 
     Settings may follow: `window:size=64`, `file.py:function:size=64,cap=(1,2)`.
 
@@ -68,17 +56,17 @@ def _built_in(name: str) -> Kernel:
 def _from_file(path: Path, name: str) -> Kernel:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a kernel as file.py:function")
-    # A name of its own: a file called random.py must not take the place of that module.
+    # A name of its own: a file called random.py must not replace that module.
     source = importlib.util.spec_from_file_location(f"kernel_file_{path.stem}", path)
     if source is None or source.loader is None:
         raise InputError(f"{path}: expected a Python file, by the name of file.py")
     module = importlib.util.module_from_spec(source)
-    sys.modules[source.name] = module  # where dataclasses look their own module up
+    sys.modules[source.name] = module  # where dataclasses look up their module
     try:
         with _importable(path.resolve().parent):
             source.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}; mend the file") from error
+        raise InputError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{path}: expected a function {name!r}, found {', '.join(_named(module)) or 'none'}")
@@ -87,14 +75,14 @@ def _from_file(path: Path, name: str) -> Kernel:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Modules beside a file can be imported, by it alone; last in the path, so that they hide no other."""
+    """Let a file import modules of its folder; it is last in the path, so that it hides no other module."""
     path, modules = sys.path[:], set(sys.modules)
     sys.path.append(str(folder))
     try:
         yield
     finally:
         sys.path[:] = path
-        # Another folder's helper.py must not be taken for this one's.
+        # A helper.py of another folder must not be mistaken for this one's.
         for name in set(sys.modules) - modules:
             if str(getattr(sys.modules[name], "__file__", "")).startswith(f"{folder}{os.sep}"):
                 del sys.modules[name]

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tinyllama.lab.clauses import CLAUSES
-from tinyllama.lab.maps import LEFT, STEPS, TOP, Drawing, head_map, layer_bars, moved
+from tinyllama.lab.continuation import Continuation
+from tinyllama.lab.figures import Scorecard
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS
 from tinyllama.lab.tables import grouped, percent, ranges, shortened, times
 from tinyllama.pages import render
 
-Figures = dict[str, Any]
-
-# What None says, by its key.
+# Colours from a change of 0, which has its own, to 100% and more.
+STEPS = 10
+# How None is written, by the figure's name.
 NOTHING = {
     "decode": "no cache",
     "decode_ratio": "no cache",
     "needed": "no gradient",
     "parts_at": "the same",
     "example": "",
-    "gpu": "none",
 }
 FORMATS: dict[str, Callable[[Any], str]] = {
     "before": grouped,
@@ -38,168 +38,81 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "decode_ratio": times,
     "prompt": shortened,
 }
+SETTINGS = [
+    ("layers", "model.layers"),
+    ("query heads", "model.heads"),
+    ("KV heads", "model.kv_heads"),
+    ("dtype", "model.dtype"),
+    ("the model's own attention", "model.kernels"),
+    ("texts, in tokens", "texts"),
+    ("context for speed, in tokens", "extent.context"),
+    ("rounds of timing", "extent.rounds"),
+    ("new tokens of a continuation", "extent.new_tokens"),
+]
 
 
-def page(figures: Figures) -> str:
-    """The page of a `scorecard`."""
-    cards = [CardView.of(figures, index) for index in range(len(figures["changes"]))]
-    kernels = ", ".join(figures["model"]["kernels"])
+def page(card: Scorecard) -> str:
+    """The page of a scorecard; its template finds a figure by its key in `asdict` of it."""
+    measured = [n for n, one in enumerate(card.changes) if one.passed]
     return render(
         __package__,
-        figures,
+        asdict(card),
         formatted,
-        cards=cards,
-        measured=[view for view in cards if view.card["passed"]],
-        broken=[view for view in cards if not view.card["passed"]],
-        tried=tried(figures),
-        timed="speed" in figures["unchanged"],
-        speeds=["unchanged", *(view.key for view in cards if view.card["passed"])],
-        kernels=kernels,
+        card=card,
+        changes=list(enumerate(card.changes)),
+        measured=measured,
+        speeds=["unchanged", *(f"changes.{n}.results" for n in measured)],
         clauses=len(CLAUSES),
+        heads=[f"#{head}" for head in range(card.model.heads)],
         block=BLOCK,
         fewest=FEWEST_BLOCKS,
-        moved=moved,
-        heads=[f"#{head}" for head in range(figures["model"]["heads"])],
         steps=STEPS,
-        left=LEFT,
-        top=TOP,
-        settings=[
-            ("layers", "model.layers"),
-            ("query heads", "model.heads"),
-            ("KV heads", "model.kv_heads"),
-            ("dtype", "model.dtype"),
-            ("the model's own attention", "model.kernels"),
-            ("texts, in tokens", "texts"),
-            ("context for speed, in tokens", "extent.context"),
-            ("rounds of timing", "extent.rounds"),
-            ("new tokens of a continuation", "extent.new_tokens"),
-        ],
-        machine=[(name, f"machine.{name}") for name in figures["machine"]],
+        step=step,
+        moved=moved,
+        largest=largest,
+        token_at=token_at,
+        settings=SETTINGS,
+        machine=[(name, f"machine.{name}") for name in card.machine],
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt's continuation by the changed model, beside the unchanged one.
-
-    Attributes:
-        key: where the changed one's figures are.
-        own_key: where the unchanged one's are.
-        mine: the changed one.
-        own: the unchanged one.
-    """
-
-    key: str
-    own_key: str
-    mine: Figures
-    own: Figures
-
-    @property
-    def before(self) -> tuple[str, str]:
-        """The unchanged text, up to where they part and from there."""
-        same, whole = self.mine["same"], self.own["same"]
-        return (same, whole[len(same) :]) if whole.startswith(same) else ("", whole)
-
-    @property
-    def tokens(self) -> tuple[str, str]:
-        """Where they part, unchanged and changed: the id, or that it ends there."""
-        at = self.mine["parts_at"]
-        one, other = (
-            f"id {ids[at]}" if at < len(ids) else "the end" for ids in (self.own["ids"], self.mine["ids"])
-        )
-        return one, other
+def step(value: float) -> str:
+    """The class of a value's colour: s0 for no change at all, s1 to s10 for 0 to 100% and more."""
+    return f"s{math.ceil(min(value, 1.0) * STEPS)}" if math.isfinite(value) else "unknown"
 
 
-@dataclass(frozen=True)
-class CardView:
-    """One change.
-
-    Attributes:
-        index: its place.
-        key: where its figures are.
-        card: its figures.
-        maps: what moved by head: by itself, and in the end; empty for one that was not measured.
-        bars: what moved by layer.
-        pairs: its continuations.
-    """
-
-    index: int
-    key: str
-    card: Figures
-    maps: tuple[Drawing, ...]
-    bars: Drawing | None
-    pairs: list[Pair]
-
-    @staticmethod
-    def of(figures: Figures, index: int) -> CardView:
-        """That of the figures' changes."""
-        key, card = f"changes.{index}", figures["changes"][index]
-        if not card["passed"]:
-            return CardView(index, key, card, (), None, [])
-        layers, heads = set(card["layers"]), set(card["heads"])
-        maps = (
-            head_map("By itself", "heads_direct", card["heads_direct"], layers, heads),
-            head_map("In the end", "heads_changed", card["heads_changed"], layers, heads),
-        )
-        bars = layer_bars("Residual stream", "layers_changed", card["layers_changed"], layers)
-        own = figures["unchanged"]["continuations"]
-        pairs = [
-            Pair(f"{key}.continuations.{n}", f"unchanged.continuations.{n}", mine, own[n])
-            for n, mine in enumerate(card["continuations"])
-        ]
-        return CardView(index, key, card, maps, bars, pairs)
-
-    @property
-    def rows(self) -> list[tuple[str, Figures]]:
-        """How each text is predicted, and all together where there are several, each with its key."""
-        texts = self.card["texts"]
-        rows = [(f"{self.key}.texts.{n}", row) for n, row in enumerate(texts)]
-        return rows if len(texts) == 1 else [*rows, (f"{self.key}.all", self.card["all"])]
-
-    def clauses(self, verdict: str) -> list[tuple[str, Figures]]:
-        """Those of the contract with that verdict, each with its key."""
-        parts = enumerate(self.card["contract"])
-        return [(f"{self.key}.contract.{n}", part) for n, part in parts if part["verdict"] == verdict]
-
-    @property
-    def parted(self) -> list[Pair]:
-        """The continuations that are not the same, the one that parts first in front."""
-        return sorted(
-            (pair for pair in self.pairs if pair.mine["parts_at"] is not None),
-            key=lambda pair: pair.mine["parts_at"],
-        )
+def moved(value: float) -> str:
+    """A relative change in percent; a very small one differs from none."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value < 0.001:
+        return "<0.1%" if value else "0%"
+    return f"{value:.1%}" if value < 100 else f"{100 * value:.1e}%"
 
 
-def tried(figures: Figures) -> list[tuple[list[str], str]]:
-    """The changes' names, together where they went to the same layers and heads, and where that is."""
-    groups: dict[str, list[str]] = {}
-    for card in figures["changes"]:
-        where = f"{_some('layer', card['layers'], figures['model']['layers'])}, "
-        where += _some("head", card["heads"], figures["model"]["heads"])
-        groups.setdefault(where, []).append(card["name"])
-    return [(names, where) for where, names in groups.items()]
+def largest(values: Sequence[Sequence[float]]) -> str:
+    """The largest of (L, H) relative changes and where it is; empty if nothing moved."""
+    places = {(n, h): value for n, row in enumerate(values) for h, value in enumerate(row)}
+    finite = {place: value for place, value in places.items() if math.isfinite(value)}
+    layer, head = max(finite, key=lambda place: finite[place], default=(0, 0))
+    value = finite.get((layer, head))
+    return f"{moved(value)} in layer {layer}, head {head}" if value else ""
 
 
-def _some(what: str, numbers: list[int], count: int) -> str:
-    """All 9 heads, head 3, heads 0-2, 7."""
-    if len(numbers) == count:
-        return f"all {count} {what}s"
-    return f"{what}{'' if len(numbers) == 1 else 's'} {_spaced(numbers)}"
-
-
-def _spaced(numbers: list[int]) -> str:
-    return ranges(numbers).replace(",", ", ")
+def token_at(one: Continuation, place: int) -> str:
+    """The id at a place of a continuation, or that it ends there."""
+    return f"id {one.ids[place]}" if place < len(one.ids) else "the end"
 
 
 def formatted(key: str, value: Any) -> str:
-    """The one way in which the figure of that key is written."""
+    """How the figure of that key is written, everywhere on the page."""
     name = key.split(".")[-1]
     if value is None:
         return NOTHING.get(name, "none")
     if name in FORMATS:
         return FORMATS[name](value)
     if name in ("layers", "heads") and isinstance(value, list):
-        return _spaced(value)
+        return ranges(value).replace(",", ", ")
     if isinstance(value, dict):
         return ", ".join(f"{name} {count:,}" for name, count in value.items())
     if isinstance(value, list):
@@ -210,7 +123,7 @@ def formatted(key: str, value: Any) -> str:
 
 
 def divergence(value: float) -> str:
-    """Nats, in digits that can be compared: 2.440, 0.041, 3.1e-05."""
+    """Nats, in comparable digits: 2.440, 0.041, 3.1e-05."""
     if value == 0 or not math.isfinite(value):
         return str(value)
     return f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.1e}"

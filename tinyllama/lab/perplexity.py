@@ -1,4 +1,4 @@
-"""How much worse a text is predicted, and how sure that is."""
+"""How much worse a text is predicted after a change, and how certain that is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tinyllama.model import Llama
 
-# Neighbouring tokens are alike, so what is drawn again is a block of them.
+# The bootstrap draws blocks: neighbouring tokens are alike.
 BLOCK = 64
 RESAMPLES = 2000
 # With fewer blocks a bootstrap interval is too narrow to be worth showing.
@@ -26,7 +26,7 @@ class Perplexity:
         before: of the unchanged model.
         after: of the changed one.
         ratio: after / before.
-        low: lower end of the ratio's 95% confidence interval; None where the texts are too short for one.
+        low: lower end of the ratio's 95% confidence interval; None if the texts are too short for one.
         high: its upper end.
     """
 
@@ -38,14 +38,14 @@ class Perplexity:
 
 
 def perplexity(nll: Sequence[Tensor], before: Sequence[Tensor]) -> Perplexity:
-    """Compare -log p of the same tokens, text by text.
+    """Compare -log p of each next token before and after a change.
 
-    The interval is a paired bootstrap over blocks of tokens (Efron & Tibshirani 1993, chapter 8; its
-    percentiles): it says what other text of this kind might give, not what another model would.
+    The interval is a paired percentile bootstrap over blocks of tokens (Efron & Tibshirani 1993, chapter 8):
+    the range for other text of this kind, not for another model.
 
     Args:
         nll: after the change, (N,) for each text; NaN where no token follows.
-        before: the same before it.
+        before: before the change, (N,) for each text.
     """
     known = [~now.isnan() for now in nll]
     after_all, before_all = (
@@ -70,7 +70,7 @@ def perplexity(nll: Sequence[Tensor], before: Sequence[Tensor]) -> Perplexity:
 
 @torch.inference_mode()
 def text_nll(model: Llama, ids: Sequence[int], length: int) -> Tensor:
-    """-log p of each next token, (N - 1,), in windows of `length` tokens that know nothing of each other."""
+    """-log p of each next token, (N - 1,), in windows of `length` tokens read separately."""
     device = model.embed_tokens.weight.device
     parts = []
     for start in range(0, len(ids) - 1, length):
@@ -81,7 +81,7 @@ def text_nll(model: Llama, ids: Sequence[int], length: int) -> Tensor:
 
 
 def _blocks(nll: Sequence[Tensor], before: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The changes' sum and count in each block of each text."""
+    """The sum of the changes and the number of tokens in each block of each text."""
     changes = [(now - then)[~now.isnan()].double().cpu() for now, then in zip(nll, before, strict=True)]
     blocks = [block for change in changes for block in change.split(BLOCK)]
     return torch.stack([block.sum() for block in blocks]), torch.tensor([len(block) for block in blocks])

@@ -1,4 +1,4 @@
-"""The same attention said in other ways: each has to pass parity, and each shows something of it."""
+"""The same attention computed in other ways: each has to pass parity with the textbook's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinyllama.lab.clauses import breaks
 def loops(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """One query at a time: z_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, over the visible j.
 
-    Vaswani et al. 2017 (arXiv:1706.03762), equation 1 as it is first explained. Slow.
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 1 in plain loops. Slow.
     """
     B, H, T, _ = q.shape
     G = H // k.shape[1]
@@ -33,8 +33,8 @@ def online(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, block:
     """The softmax in one pass over blocks of keys: never more than T x block scores in memory.
 
     Milakov & Gimelshein 2018 (arXiv:1805.02867), algorithm 3; Dao et al. 2022 (FlashAttention,
-    arXiv:2205.14135), algorithm 1. With the largest score so far m, the sum of weights and the
-    weighted values z, a block with a larger m' first shrinks both sums by exp(m - m').
+    arXiv:2205.14135), algorithm 1. Kept so far: the largest score m, the sum of weights, and the sum of
+    weighted values z. A block with a larger score m' first multiplies both sums by exp(m - m').
     """
     if block < 1:
         raise InputError(f"online: block: expected 1 or more, got {block}")
@@ -58,9 +58,9 @@ def online(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, block:
 # PyTorch has no backward pass for it on a CPU.
 @breaks("gradient")
 def flex(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """PyTorch's flex_attention: the variant is a function of one score and its place.
+    """PyTorch's flex_attention: the variant is a function of one score and its indices.
 
-    Dong et al. 2024 (FlexAttention, arXiv:2412.05496). Uncompiled it is slow: it is compiled for speed.
+    Dong et al. 2024 (FlexAttention, arXiv:2412.05496). It is slow unless it is compiled.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

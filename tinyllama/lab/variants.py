@@ -1,7 +1,7 @@
 """Other attentions, each a kernel in a few lines with its paper and equation: to try, and to start from.
 
 Keyword arguments are settings: `functools.partial(window, size=64)`, or `window:size=64` on a command line.
-Positions i are the query's and j the key's; all variants stay causal, so only j <= i is ever seen.
+The query's position is i, the key's is j. All variants stay causal: a query sees only keys with j <= i.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def sinks(
 ) -> Tensor:
     """Attention sinks: the window and the text's `first` tokens, i - j < size or j < first.
 
-    Xiao et al. 2023 (StreamingLLM, arXiv:2309.17453), section 3.2. Positions stay those of the text; the
-    paper counts them within its rolling cache.
+    Xiao et al. 2023 (StreamingLLM, arXiv:2309.17453), section 3.2. Positions are those of the text; the
+    paper's are those within its rolling cache.
     """
     _require(size >= 1, "sinks: size", "1 or more", size)
     start = context.mask.key_positions[:, None, None, :] < first
@@ -44,8 +44,8 @@ def sinks(
 def alibi(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """ALiBi: instead of RoPE a penalty that grows with the distance, q k^T / sqrt(D) - m (i - j).
 
-    Press et al. 2021 (arXiv:2108.12409), section 3. Head h of H has the slope m = 2^(-8h/H), h from 1; where
-    H is no power of two, every second slope of the next one fills up, as in the authors' code.
+    Press et al. 2021 (arXiv:2108.12409), section 3. Head h of H has the slope m = 2^(-8h/H), h from 1. If H
+    is no power of two, every second slope of the next power is added, as in the authors' code.
     """
     H = q.shape[1]
     power = 1 << (H.bit_length() - 1)
@@ -58,9 +58,9 @@ def alibi(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
 
 
 def no_positions(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """NoPE: attention without RoPE; order is known from the causal mask alone.
+    """NoPE: attention without RoPE; only the causal mask tells the order of the tokens.
 
-    Kazemnejad et al. 2023 (arXiv:2305.19466). Some models have it in every fourth layer: `--layers 3,7,11`.
+    Kazemnejad et al. 2023 (arXiv:2305.19466). Some models use it in every fourth layer: `--layers 3,7,11`.
     """
     q, k = without_rope(q, k, context)
     return sdpa(q, k, v, context)
@@ -80,8 +80,8 @@ def softcap(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, cap: 
 def linear(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Linear attention: phi(q) phi(k)^T, each row divided by its sum, with phi(x) = elu(x) + 1.
 
-    Katharopoulos et al. 2020 (arXiv:2006.16236), equations 5 to 9. This is its quadratic form, which needs
-    all keys; the same numbers come from a running D x D state.
+    Katharopoulos et al. 2020 (arXiv:2006.16236), equations 5 to 9. This quadratic form needs all keys; a
+    running D x D state gives the same numbers.
     """
     k, v = repeat_kv(q, k, v)
     # float32 at least: sums of many positive products overflow float16.
@@ -95,8 +95,8 @@ def linear(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
 def differential(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Differential attention: (softmax(q1 k1^T / sqrt(d)) - lambda softmax(q2 k2^T / sqrt(d))) v, d = D/2.
 
-    Ye et al. 2024 (arXiv:2410.05258), equations 1 to 3, with lambda fixed at the layer's starting value,
-    0.8 - 0.6 exp(-0.3 layer). Each half of a head has to keep whole RoPE pairs, i with i + D/2.
+    Ye et al. 2024 (arXiv:2410.05258), equations 1 to 3, with lambda fixed at the layer's initial value,
+    0.8 - 0.6 exp(-0.3 layer). Each half of a head needs whole RoPE pairs, n with n + D/2.
     """
     _require(q.shape[-1] % 4 == 0, "differential: head_dim", "a multiple of 4", q.shape[-1])
     start = 0.8 - 0.6 * math.exp(-0.3 * context.layer)
@@ -110,23 +110,23 @@ def differential(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> 
 
 
 def topk(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, keys: int = 32) -> Tensor:
-    """Sparse attention: a softmax over each query's `keys` largest scores alone.
+    """Sparse attention: a softmax over only the `keys` largest scores of each query.
 
-    Gupta et al. 2021 (arXiv:2106.06899), section 3. Scores equal to the smallest one kept are kept, too.
+    Gupta et al. 2021 (arXiv:2106.06899), section 3. Scores equal to the smallest one kept are kept too.
     """
     _require(keys >= 1, "topk: keys", "1 or more", keys)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~context.mask.allowed, lowest)  # what is not visible takes nobody's place
+    scores = scores.masked_fill(~context.mask.allowed, lowest)  # invisible keys must not be among the largest
     kth = scores.topk(min(keys, scores.shape[-1]), dim=-1).values[..., -1:]
     return masked_softmax(scores.masked_fill(scores < kth, lowest), context) @ v
 
 
-# A mean of several heads is none of them.
+# A query head reads a mean of KV heads, not its own.
 @breaks("groups")
 def regroup(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, kv_heads: int = 1) -> Tensor:
-    """Another number of KV heads: neighbours become their mean (1: MQA), or each is repeated (H: MHA).
+    """Another number of KV heads: neighbours are averaged (1: MQA), or each is repeated (H: MHA).
 
     Ainslie et al. 2023 (GQA, arXiv:2305.13245), section 2.1. RoPE is linear, so the mean of the keys is the
     key of the mean projection: a checkpoint with averaged weights computes the same, from a smaller cache.
@@ -142,7 +142,7 @@ def regroup(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, kv_he
 
 
 def ablate(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """Nothing: z = 0. For one head at a time, `--layers 3 --heads 0`.
+    """No attention: z = 0. For one head at a time: `--layers 3 --heads 0`.
 
     Michel et al. 2019 (Are sixteen heads really better than one?, arXiv:1905.10650), equation 2 with xi = 0.
     """
@@ -150,7 +150,7 @@ def ablate(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
 
 
 def without_rope(q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned back by their own positions, as they were before RoPE."""
+    """Queries and keys as they were before RoPE: rotated back by their own positions."""
     mask = context.mask
     q_cos, q_sin = mask.rotary(mask.query_positions, q.dtype)
     k_cos, k_sin = mask.rotary(mask.key_positions, k.dtype)
@@ -169,6 +169,6 @@ def _distance(context: AttentionContext) -> Tensor:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, ...]:
-    """(B, H, T, D) as two of (B, H, T, D/2), each with whole RoPE pairs in RoPE's layout."""
+    """(B, H, T, D) as two halves (B, H, T, D/2), each with whole RoPE pairs in RoPE's layout."""
     pairs = x.unflatten(-1, (2, 2, -1))  # which of a RoPE pair, which half, D/4
     return pairs.transpose(-3, -2).flatten(-2).unbind(-2)

@@ -67,7 +67,7 @@ def products(model: Llama, kind: str) -> str:
 
 @contextmanager
 def swapped(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put layers in the place of a model's own, and compiled attention in that of `sdpa`, until the block ends."""
+    """Put layers in the place of a model's own, and compiled attention for `sdpa`, until the block ends."""
     own = {path: model.get_submodule(path) for path in layers}
     attentions = [
         module for module in model.modules() if isinstance(module, Attention) and module.kernel is sdpa

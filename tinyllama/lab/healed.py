@@ -1,0 +1,125 @@
+"""What healing gives: its settings, its state after some steps, the file that keeps it, and its outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinyllama.errors import InputError
+from tinyllama.lab.perplexity import Perplexity
+
+KEY = "healing"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the changed layers are trained, by AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
+
+    Attributes:
+        kernel: the name of the change.
+        layers: the changed layers, which are trained; None: all.
+        heads: the changed query heads; None: all.
+        text: the name or digest of the text; another text is another experiment.
+        batch: windows of text in a step.
+        length: tokens in a window.
+        lr: the learning rate.
+        seed: decides which windows of the text are read.
+    """
+
+    kernel: str
+    layers: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+    text: str
+    batch: int = 4
+    length: int = 256
+    lr: float = 1e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The state of a healing after some steps.
+
+    Attributes:
+        settings: how the layers are trained.
+        losses: of each step so far, in nats a token.
+        weights: the parameters of the changed layers, by name.
+        moments: AdamW's running means, by name.
+    """
+
+    settings: Settings
+    losses: tuple[float, ...]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What healing gave.
+
+    Attributes:
+        settings: how it was done.
+        held_out: tokens of the text that was not trained on, on which perplexity is measured.
+        changed: after the change, beside the unchanged model.
+        healed: after the training too; None if no step was done.
+        losses: of each step, in nats a token.
+    """
+
+    settings: Settings
+    held_out: int
+    changed: Perplexity
+    healed: Perplexity | None
+    losses: tuple[float, ...]
+
+
+def save_healed(path: Path, healed: Healed) -> None:
+    """Write a state to a new file, which then replaces `path`: no half-written file is left behind.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    record = {"settings": asdict(healed.settings), "losses": healed.losses}
+    tensors = {f"weights.{name}": value for name, value in healed.weights.items()}
+    tensors |= {f"moments.{name}": value for name, value in healed.moments.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            save_file(
+                {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {KEY: json.dumps(record)}
+            )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({error}); give another place, or make room there"
+        ) from error
+
+
+def load_healed(path: Path) -> Healed:
+    """Read what `save_healed` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()[KEY])
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected a file that heal.py wrote ({error}); give another") from error
+    settings = record["settings"]
+    for places in ("layers", "heads"):
+        settings[places] = None if settings[places] is None else tuple(settings[places])
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    return Healed(Settings(**settings), tuple(record["losses"]), parts["weights"], parts["moments"])
