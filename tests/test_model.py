@@ -59,13 +59,14 @@ def test_a_cache_continues_or_is_refused_but_never_overwritten_in_silence():
     with pytest.raises(InputError, match=f"cache: 20 of {T} slots are taken, so {T} new tokens do not fit"):
         model(ids, cache)
     assert cache.length == 20
-    assert_within_2_eps(model, ids[0], model(ids[:, 20:], cache)[0], model(ids)[0, 20:])
+    limit = 2 * float32_error(model, ids[0], model(ids)[0])
+    assert rms(model(ids[:, 20:], cache) - model(ids)[:, 20:]) <= limit
     for placed in (model.new_cache(1, T), model.new_cache(1, T).first(T)):
         model(ids[:, :20], placed, torch.arange(20)[None])  # how long the row is, only the caller knows
         with pytest.raises(InputError, match="cache"):
             model(ids[:, 20:], placed)
         placed.length = 20
-        assert_within_2_eps(model, ids[0], model(ids[:, 20:], placed)[0], model(ids)[0, 20:])
+        assert rms(model(ids[:, 20:], placed) - model(ids)[:, 20:]) <= limit
 
 
 @kernels

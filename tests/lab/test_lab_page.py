@@ -28,6 +28,7 @@ from tinyllama.lab.contract import Clause
 from tinyllama.lab.figures import Card, Extent, Keys, ModelFacts, Prediction, Results, Scorecard, Unchanged
 from tinyllama.lab.page import STEPS, divergence, formatted, largest, moved, page, step
 from tinyllama.lab.speed import Speed
+from tinyllama.progress import escape
 
 LAYERS, HEADS = 4, 3
 

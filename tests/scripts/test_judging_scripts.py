@@ -18,6 +18,7 @@ from tinyllama.cli import terminal
 from tinyllama.parity import subjects, suite
 from tinyllama.parity.notebook import notebook_cases, notebook_failures
 from tinyllama.parity.reference import reference_model
+from tinyllama.progress import progress_line
 
 TEXT = "the cat sat on the mat, a dog ate the hat"
 KERNELS = """
@@ -157,7 +158,7 @@ def test_nan_is_a_failure_that_tables_json_and_page_can_show(parity, tiny, tmp_p
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_step_whose_name_has_no_comma(capsys):
-    with terminal.progress_line() as done:
+    with progress_line() as done:
         for what in ("tiny float32", "tiny float32, eager", "a\x1b[2Jname"):
             done(what)
     assert capsys.readouterr() == ("", "tiny float32\na\\x1b[2Jname\n")
@@ -216,7 +217,7 @@ def test_the_user_s_text_is_what_is_compared_and_stdin_serves_both_models(parity
         (("no-such-model", "--html", "absent/page.html"), "make the folder first"),
         (("tinyllama-shape", "--device", "nonsense"), "nonsense"),
         (("tinyllama-shape", "--text", "text.txt"), "no tokenizer"),
-        (("no-such-model", "--attention", "raises.py:f"), r"two\nlines; mend"),
+        (("no-such-model", "--attention", "raises.py:f"), r"two\nlines; correct"),
         (("no-such-model", "--attention", "absent.py:f"), "absent.py: no such file"),
         (("no-such-model", "--attention", "my.py:absent"), "expected a function 'absent'"),
         (("no-such-model", "--attention", "flash"), "expected eager, sdpa, window"),

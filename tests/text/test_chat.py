@@ -40,7 +40,9 @@ def by_origin(template, messages, origin):
 
 # Equal to transformers
 
-contents = st.text(st.sampled_from("ab1 \n\t<|im_endstar>é你👍"), max_size=12)
+contents = st.text(st.sampled_from("ab1 \n\t<|im_endstar>é你👍"), max_size=12).filter(
+    lambda text: "<|im_start|>" not in text and "<|im_end|>" not in text
+)
 roles = st.sampled_from(["system", "user", "assistant"])
 chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
 

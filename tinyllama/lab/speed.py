@@ -109,15 +109,16 @@ def overhead(
 ) -> Overhead:
     """Time passes over a text and single steps after it, with and without a capture, in turn."""
     device = model.embed_tokens.weight.device
-    text, last = torch.tensor([ids], device=device), torch.tensor([[len(ids) - 1]], device=device)
+    text = torch.tensor([ids], device=device)
     cache = model.new_cache(1, len(ids))
     times: dict[tuple[str, bool], list[float]] = {}
     for _ in range(rounds + 1):  # the first round warms up
         for watched in (False, True):
-            for what, batch, place in (("pass", text, None), ("step", text[:, -1:], last)):
+            for what, batch in (("pass", text), ("step", text[:, -1:])):
+                cache.length = len(ids) - batch.shape[1]
                 with capture(model, *patterns) if watched else nullcontext():
                     start = clock()
-                    model(batch, cache, place)
+                    model(batch, cache)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     times.setdefault((what, watched), []).append(clock() - start)

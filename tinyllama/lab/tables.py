@@ -13,6 +13,7 @@ from tinyllama.lab.continuation import Continuation
 from tinyllama.lab.figures import Card, Prediction, Results, Scorecard
 from tinyllama.lab.perplexity import Perplexity
 from tinyllama.model import Llama
+from tinyllama.progress import escape
 
 # Of a change from 0 to 100%, for maps of one character a head.
 SHADES = " ·░▒▓█"

@@ -144,6 +144,7 @@ def _theta(theta: float) -> Callable[[Llama], Planted]:
 
 def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x[..., ::2], x[..., 1::2]
+    cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
     return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
 
 
@@ -172,8 +173,10 @@ def _scaled_by_hidden_size(q: Tensor, k: Tensor, v: Tensor, context: AttentionCo
     return eager(q, k, v, replace(context, scale=(H * D) ** -0.5))
 
 
-def _leaking_mask(*args: Any, of: Callable[..., AttentionMask] = AttentionMask.of) -> AttentionMask:
-    mask = of(*args)
+def _leaking_mask(
+    *args: Any, of: Callable[..., AttentionMask] = AttentionMask.of, **keywords: Any
+) -> AttentionMask:
+    mask = of(*args, **keywords)
     ahead = mask.key_positions[:, None, None, :] <= mask.query_positions[:, None, :, None] + 1
     return replace(mask, allowed=ahead, causal=False)
 
