@@ -49,7 +49,7 @@ class AttentionMask:
         return replace(self, allowed=self.allowed & also, causal=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionContext:
     """What a kernel may need beside queries, keys and values.
 
@@ -183,7 +183,8 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) as (B, heads, T, D)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        B, T, _ = x.shape
+        return x.view(B, T, -1, self.head_dim).transpose(1, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """nn.Module refuses a function where a kernel that is a module (one with weights) was before."""

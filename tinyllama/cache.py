@@ -91,9 +91,10 @@ class KVCache:
         """
         T, S = mask.allowed.shape[-2:]
         keys, values = self.keys[layer], self.values[layer]
-        if mask.causal:  # every row ends with its T new tokens; a slice is written twice as fast as an index
-            keys[:, :, 1 + S - T : 1 + S], values[:, :, 1 + S - T : 1 + S] = k, v
+        if mask.causal:  # every row ends with its T new tokens: a slice, written twice as fast as by index
+            keys.narrow(2, 1 + S - T, T).copy_(k)
+            values.narrow(2, 1 + S - T, T).copy_(v)
         else:
             slots = 1 + mask.query_positions  # (B, T)
             keys[self.rows, :, slots], values[self.rows, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, 1 : 1 + S], values[:, :, 1 : 1 + S]
+        return keys.narrow(2, 1, S), values.narrow(2, 1, S)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tinyllama.attention import sdpa
+from tinyllama.attention import Attention, sdpa
 from tinyllama.errors import InputError
-from tinyllama.model import Llama
+from tinyllama.model import Llama, RMSNorm
 from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim
 
 try:
-    from tinyllama.fast import attention, build, linear, native
+    from tinyllama.fast import attention, build, linear, native, norm
     from tinyllama.fast.graph import CompiledStep
 
     HAS_FAST = True
@@ -100,7 +100,9 @@ class Storage:
             return []
         kept = {torch.int8} if self.kind == "int8" else {self.dtype_of(dtype) for dtype in stored}
         found = [linear.claim(dtype, linear.compute_dtype(self.dtype)) for dtype in sorted(kept, key=str)]
-        return [*found, attention.claim(self.dtype)] if self.dtype in native.ACTIVATIONS else found
+        if self.dtype in native.ACTIVATIONS:
+            found += [attention.claim(self.dtype), norm.claim(self.dtype)]
+        return found
 
 
 def start(claims: list[Claim]) -> None:
@@ -122,9 +124,11 @@ def speed_up(model: Llama, claims: list[Claim]) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and linear.split_claim() in claims:
             module.__class__ = linear.SplitLinear
-    for layer in model.attentions:
-        if layer.kernel is sdpa and any(attention.claim(dtype) in claims for dtype in native.ACTIVATIONS):
-            layer.kernel = attention.compiled_sdpa
+        if any(norm.claim(dtype) in claims for dtype in native.ACTIVATIONS):
+            if type(module) is RMSNorm:
+                module.__class__ = norm.FastRMSNorm
+            elif isinstance(module, Attention) and module.kernel is sdpa:
+                module.kernel = attention.compiled_sdpa
     end = time.monotonic() + build.WAIT_SECONDS
     for claim in claims:
         claim.check(wait=max(0.0, end - time.monotonic()))

@@ -140,6 +140,12 @@ def attention(activations: torch.dtype) -> Build:
     return Build(("attention", "team"), (_define(activations, "X_"),))
 
 
+@cache
+def norm(activations: torch.dtype) -> Build:
+    """RMSNorm for activations of that dtype."""
+    return Build(("norm", "team"), (_define(activations, "X_"),))
+
+
 def compiler() -> str:
     """The C compiler.
 

@@ -27,10 +27,12 @@ LANES, MOST_D, MOST_GROUP = 16, 256, 64
 BFLOAT16_MATRICES = {"amx_bf16", "bf16"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_TWELVE = _LONG * 12
 ARGUMENTS: dict[str, list[type[Any]]] = {
     **dict.fromkeys(["matvec", "matvec_plain"], [_POINTER] * 4 + [_LONG] * 3),
     "matmul": [_POINTER] * 5 + [_LONG] * 3,
     "packed_size": [_LONG] * 2,
+    **dict.fromkeys(["rms_norm", "rms_norm_plain"], [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT]),
     **dict.fromkeys(["attend", "attend_plain"], [_POINTER] * 5 + [_LONG] * 6 + [_FLOAT]),
 }
 
@@ -60,8 +62,9 @@ def linear(weight: Tensor, scales: Tensor | None, x: Tensor, *, plain: bool = Fa
         ValueError: the tensors do not fit each other or this code.
     """
     rows, cols = weight.shape
+    *others, width = x.shape
     if not (
-        x.shape[-1] == cols
+        width == cols
         and cols % GROUP == 0
         and weight.dtype in WEIGHTS
         and x.dtype in ACTIVATIONS
@@ -70,14 +73,19 @@ def linear(weight: Tensor, scales: Tensor | None, x: Tensor, *, plain: bool = Fa
         and (scales is None) == (weight.dtype != torch.int8)
     ):
         raise ValueError(f"cannot multiply {describe(weight)} with {describe(x)}")
-    if scales is not None and not (
-        scales.shape == (rows, cols // GROUP) and scales.dtype == torch.bfloat16 and scales.is_contiguous()
-    ):
-        raise ValueError(f"scales do not fit {describe(weight)}: {describe(scales)}")
+    place = None
+    if scales is not None:
+        if not (
+            scales.shape == (rows, cols // GROUP)
+            and scales.dtype == torch.bfloat16
+            and scales.is_cpu
+            and scales.is_contiguous()
+        ):
+            raise ValueError(f"scales do not fit {describe(weight)}: {describe(scales)}")
+        place = scales.data_ptr()
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], rows)
+    y = torch.empty((*others, rows), dtype=x.dtype)
     n = x.numel() // cols
-    place = None if scales is None else scales.data_ptr()
     library = build.products(weight.dtype, x.dtype)
     if plain or n <= FEW:
         matvec = _call(library, "matvec_plain" if plain else "matvec")
@@ -86,6 +94,34 @@ def linear(weight: Tensor, scales: Tensor | None, x: Tensor, *, plain: bool = Fa
         packed = _room.floats(_call(library, "packed_size")(cols, n))
         matmul = _call(library, "matmul")
         matmul(weight.data_ptr(), place, x.data_ptr(), packed.data_ptr(), y.data_ptr(), rows, cols, n)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plain: bool = False) -> Tensor:
+    """X / rms(x) * weight over the last axis, computed in float32.
+
+    Args:
+        x: (..., C) in float32 or bfloat16.
+        weight: (C,) in the dtype of x.
+        eps: added to the mean of the squares.
+        plain: take the loop that says what is computed, not the fast one.
+
+    Raises:
+        ValueError: the tensors do not fit each other or this code.
+    """
+    C = x.shape[-1]
+    if not (
+        weight.shape == (C,)
+        and weight.dtype == x.dtype
+        and x.dtype in ACTIVATIONS
+        and (x.is_cpu and weight.is_cpu)
+        and weight.is_contiguous()
+    ):
+        raise ValueError(f"cannot normalise {describe(x)} by {describe(weight)}")
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    function = _call(build.norm(x.dtype), "rms_norm_plain" if plain else "rms_norm")
+    function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
     return y
 
 
@@ -122,12 +158,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, plain: bool = False
     if not attends(q, k, v):
         raise ValueError(f"cannot attend by {describe(q)} to {describe(k)} and {describe(v)}")
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    z = q.new_empty(B, T, H, D).transpose(1, 2)
-    tensors = (q, k, v, z)
-    strides = (_LONG * 12)(*(stride for tensor in tensors for stride in tensor.stride()[:3]))
-    pointers = (tensor.data_ptr() for tensor in tensors)
+    z = torch.empty((B, T, H, D), dtype=q.dtype).transpose(1, 2)
+    strides = _TWELVE(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *z.stride()[:3])
     function = _call(build.attention(q.dtype), "attend_plain" if plain else "attend")
-    function(*pointers, strides, B, H, K, T, S, D, scale)
+    function(q.data_ptr(), k.data_ptr(), v.data_ptr(), z.data_ptr(), strides, B, H, K, T, S, D, scale)
     return z
 
 
