@@ -13,19 +13,19 @@ from tinyllama.fast.build import Build, BuildError
 pytestmark = compiled
 
 
-def attention() -> Build:
-    return Build(("attention", "team"), ("-DX_FLOAT32",), ("-O0", "-fPIC", "-fopenmp"))
+def norm() -> Build:
+    return Build(("norm", "team"), ("-DX_FLOAT32",), ("-O0", "-fPIC", "-fopenmp"))
 
 
 def test_it_is_built_once_and_leaves_nothing_but_the_library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = attention()
+    first = norm()
     first.start()
     assert first.library is None  # it does not wait
     assert first.ready(wait=60)
     (library,) = (tmp_path / "tinyllama").iterdir()
     made = library.stat().st_mtime_ns
-    second = attention()
+    second = norm()
     second.start()
     assert second.library is not None
     assert library.stat().st_mtime_ns == made
@@ -37,7 +37,7 @@ def test_a_slow_compiler_is_not_waited_for(tmp_path, monkeypatch):
     slow.write_text("#!/bin/sh\nread _ < /dev/zero\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    one = attention()
+    one = norm()
     assert not one.ready(wait=0.05)
     assert one._process is not None
     os.killpg(one._process.pid, 9)
@@ -49,10 +49,10 @@ def test_without_a_compiler_or_a_place_it_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="Not a directory"):
-        attention().start()
+        norm().start()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match="no C compiler"):
-        attention().start()
+        norm().start()
 
 
 def test_an_unlike_machine_gets_a_build_of_its_own(tmp_path, monkeypatch):
@@ -62,5 +62,5 @@ def test_an_unlike_machine_gets_a_build_of_its_own(tmp_path, monkeypatch):
         cpuinfo = tmp_path / "cpuinfo"
         cpuinfo.write_text(flags)
         monkeypatch.setattr(build, "CPUINFO", cpuinfo)
-        names.append(attention()._path().name)
+        names.append(norm()._path().name)
     assert names[0] == names[2] != names[1]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.fast.compiled import FLAGS, compiled, needs
-from tinyllama.fast import build, linear, native
+from tinyllama.fast import build, linear, native, norm
 from tinyllama.fast.linear import FastLinear, Int8Linear, SplitLinear, quantise, widened
+from tinyllama.model import RMSNorm
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 # More vectors than matmul.c packs at once.
@@ -309,3 +310,43 @@ def test_gradients_flow_through_a_split_product():
     y = weight @ vector
     torch.testing.assert_close(split.weight.grad, 2 * y[:, None] * vector[None], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x.grad.flatten(), 2 * weight.T @ y, atol=1e-5, rtol=1e-5)
+
+
+# --- norms -----------------------------------------------------------------------------------------------
+
+# Half a unit in the last place for each of a few roundings.
+UNIT = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7}
+
+
+@compiled
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", native.ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1, 2048), (3, 100), (40, 576), (0, 64)])
+def test_a_compiled_norm_is_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, plain: bool):
+    assert norm.claim(dtype).check(wait=120)
+    x, weight = random(*shape).to(dtype), random(shape[-1], seed=1).to(dtype)
+    for scale in (1.0, 1e-3):  # of small numbers eps is a part
+        wide = scale * x.double()
+        exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        y = native.rms_norm((scale * x).to(dtype), weight, 1e-5, plain=plain)
+        assert y.dtype == dtype
+        rounding = 2 * UNIT[dtype]  # of the scaled input and of the result
+        assert ((y.double() - exact).abs() <= exact.abs() * rounding + 1e-30).all()
+
+
+@compiled
+def test_a_compiled_norm_leaves_gradients_and_other_dtypes_to_pytorch():
+    fast = RMSNorm(64, 1e-5)
+    fast.__class__ = norm.FastRMSNorm
+    fast(torch.ones(1, 64)).sum().backward()
+    assert fast.weight.grad is not None
+    assert fast.half()(torch.ones(1, 64).half()).dtype == torch.float16
+    assert native.rms_norm(torch.full((1, 64), torch.nan), torch.ones(64), 1e-5).isnan().all()
+    for x, weight in (
+        (torch.ones(2, 64), torch.ones(63)),
+        (torch.ones(2, 64), torch.ones(64).bfloat16()),
+        (torch.ones(2, 64).double(), torch.ones(64).double()),
+        (torch.ones(2, 64, device="meta"), torch.ones(64)),
+    ):
+        with pytest.raises(ValueError, match="cannot normalise"):
+            native.rms_norm(x, weight, 1e-5)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tinyllama.attention import Attention, sdpa
 from tinyllama.errors import InputError
 from tinyllama.model import Llama, RMSNorm
 from tinyllama.progress import note
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim
 
 try:
-    from tinyllama.fast import attention, build, linear, native, norm
+    from tinyllama.fast import build, linear, native, norm
     from tinyllama.fast.graph import CompiledStep
 
     HAS_FAST = True
@@ -101,7 +100,7 @@ class Storage:
         kept = {torch.int8} if self.kind == "int8" else {self.dtype_of(dtype) for dtype in stored}
         found = [linear.claim(dtype, linear.compute_dtype(self.dtype)) for dtype in sorted(kept, key=str)]
         if self.dtype in native.ACTIVATIONS:
-            found += [attention.claim(self.dtype), norm.claim(self.dtype)]
+            found.append(norm.claim(self.dtype))
         return found
 
 
@@ -114,7 +113,7 @@ def start(claims: list[Claim]) -> None:
     except build.BuildError:
         return  # the claims will say it
     if not all(one.library for one in builds):
-        note("compiling matrix products and attention for this processor; it is done once")
+        note("compiling matrix products and norms for this processor; it is done once")
 
 
 def speed_up(model: Llama, claims: list[Claim]) -> None:
@@ -124,11 +123,8 @@ def speed_up(model: Llama, claims: list[Claim]) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and linear.split_claim() in claims:
             module.__class__ = linear.SplitLinear
-        if any(norm.claim(dtype) in claims for dtype in native.ACTIVATIONS):
-            if type(module) is RMSNorm:
-                module.__class__ = norm.FastRMSNorm
-            elif isinstance(module, Attention) and module.kernel is sdpa:
-                module.kernel = attention.compiled_sdpa
+        if type(module) is RMSNorm and any(norm.claim(one) in claims for one in native.ACTIVATIONS):
+            module.__class__ = norm.FastRMSNorm
     end = time.monotonic() + build.WAIT_SECONDS
     for claim in claims:
         claim.check(wait=max(0.0, end - time.monotonic()))

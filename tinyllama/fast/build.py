@@ -135,12 +135,6 @@ def products(weights: torch.dtype, activations: torch.dtype) -> Build:
 
 
 @cache
-def attention(activations: torch.dtype) -> Build:
-    """Attention for queries, keys and values of that dtype."""
-    return Build(("attention", "team"), (_define(activations, "X_"),))
-
-
-@cache
 def norm(activations: torch.dtype) -> Build:
     """RMSNorm for activations of that dtype."""
     return Build(("norm", "team"), (_define(activations, "X_"),))

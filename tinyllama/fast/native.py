@@ -20,20 +20,15 @@ ACTIVATIONS = (torch.float32, torch.bfloat16)
 # matvec.c serves up to so many vectors: there they cost little more than reading the weights once. matmul.c
 # serves more (measured: docs/performance-log.md, "Matrix products").
 FEW = 32
-# attention.c takes heads of a multiple of LANES numbers; blocks of keys up to MOST_D wide and the heads of a
-# group are on its stack.
-LANES, MOST_D, MOST_GROUP = 16, 256, 64
 # Processor instructions with which PyTorch multiplies bfloat16 matrices faster than matmul.c: x86-64, ARM.
 BFLOAT16_MATRICES = {"amx_bf16", "bf16"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_TWELVE = _LONG * 12
 ARGUMENTS: dict[str, list[type[Any]]] = {
     **dict.fromkeys(["matvec", "matvec_plain"], [_POINTER] * 4 + [_LONG] * 3),
     "matmul": [_POINTER] * 5 + [_LONG] * 3,
     "packed_size": [_LONG] * 2,
     **dict.fromkeys(["rms_norm", "rms_norm_plain"], [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT]),
-    **dict.fromkeys(["attend", "attend_plain"], [_POINTER] * 5 + [_LONG] * 6 + [_FLOAT]),
 }
 
 
@@ -123,46 +118,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plain: bool = False) -> T
     function = _call(build.norm(x.dtype), "rms_norm_plain" if plain else "rms_norm")
     function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
     return y
-
-
-def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend` takes such tensors."""
-    D = q.shape[-1]
-    return (
-        q.dtype in ACTIVATIONS
-        and q.dtype == k.dtype == v.dtype
-        and (q.is_cpu and k.is_cpu and v.is_cpu)
-        and q.dim() == k.dim() == 4
-        and k.shape == v.shape
-        and (k.shape[0] == q.shape[0] and k.shape[3] == D and k.shape[2] >= q.shape[2])
-        and q.shape[1] % k.shape[1] == 0
-        and q.shape[1] <= MOST_GROUP * k.shape[1]
-        and (D % LANES == 0 and D <= MOST_D)
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
-    )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, plain: bool = False) -> Tensor:
-    """softmax(q k^T * scale) v, where token t of T stands at S - T + t and sees the keys up to there.
-
-    Args:
-        q: (B, H, T, D), and so is the result.
-        k: (B, K, S, D).
-        v: (B, K, S, D).
-        scale: the factor on the scores.
-        plain: take the loop that says what is computed, not the fast one.
-
-    Raises:
-        ValueError: see `attends`.
-    """
-    if not attends(q, k, v):
-        raise ValueError(f"cannot attend by {describe(q)} to {describe(k)} and {describe(v)}")
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    z = torch.empty((B, T, H, D), dtype=q.dtype).transpose(1, 2)
-    strides = _TWELVE(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *z.stride()[:3])
-    function = _call(build.attention(q.dtype), "attend_plain" if plain else "attend")
-    function(q.data_ptr(), k.data_ptr(), v.data_ptr(), z.data_ptr(), strides, B, H, K, T, S, D, scale)
-    return z
 
 
 def describe(tensor: Tensor) -> str:

@@ -13,6 +13,7 @@ from tinyllama.fast.claims import Claim
 from tinyllama.model import RMSNorm
 
 C = 96  # channels of the trials
+PYTHON = RMSNorm.forward
 
 
 class FastRMSNorm(RMSNorm):
@@ -27,6 +28,7 @@ class FastRMSNorm(RMSNorm):
             and x.is_cpu
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and claim(x.dtype).holds
+            and RMSNorm.forward is PYTHON  # a notebook may have replaced it since the claim was checked
         ):
             return native.rms_norm(x, weight, self.eps)
         return super().forward(x)

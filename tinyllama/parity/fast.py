@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama.attention import Attention, Kernel, sdpa
+from tinyllama.attention import Kernel, sdpa
 from tinyllama.checkpoints.storage import Storage
 from tinyllama.config import LlamaConfig
 from tinyllama.fast import native
-from tinyllama.fast.attention import compiled_sdpa
 from tinyllama.fast.build import GROUP
 from tinyllama.fast.linear import Int8Linear, widened
+from tinyllama.fast.norm import FastRMSNorm
 from tinyllama.hooks import shape
-from tinyllama.model import Llama
+from tinyllama.model import Llama, RMSNorm
 from tinyllama.parity.divergence import Run
 from tinyllama.parity.reference import reference_model
 from tinyllama.parity.trace import Trace, reference_trace, their_path, watch
@@ -67,26 +67,24 @@ def products(model: Llama, kind: str) -> str:
 
 @contextmanager
 def swapped(model: nn.Module, layers: Layers) -> Iterator[None]:
-    """Put layers in the place of a model's own, and compiled attention for `sdpa`, until the block ends."""
+    """Put layers in the place of a model's own, and compiled norms too, until the block ends."""
     own = {path: model.get_submodule(path) for path in layers}
-    attentions = [
-        module for module in model.modules() if isinstance(module, Attention) and module.kernel is sdpa
-    ]
+    norms = [module for module in model.modules() if type(module) is RMSNorm]
     try:
-        for attention in attentions:
-            attention.kernel = compiled_sdpa
         for path, layer in layers.items():
             model.set_submodule(path, layer)
+        for module in norms:
+            module.__class__ = FastRMSNorm
         yield
     finally:
-        for attention in attentions:
-            attention.kernel = sdpa
+        for module in norms:
+            module.__class__ = RMSNorm
         for path, layer in own.items():
             model.set_submodule(path, layer)
 
 
 def fast_run(model: Llama, layers: Layers, kernel: Kernel = sdpa) -> Run:
-    """Our model with those layers, and with compiled attention for `sdpa`, while it runs."""
+    """Our model with those layers, which it has while it runs."""
 
     def run(ids: Sequence[int], addresses: Iterable[str]) -> Trace:
         model.set_attention(kernel)
