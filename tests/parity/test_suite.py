@@ -10,6 +10,7 @@ from tests.fast.compiled import compiled
 from tests.shapes import some_ids, tiny_config
 from tinyllama.attention import eager
 from tinyllama.fast import native
+from tinyllama.fast.claims import Claim
 from tinyllama.kernels import KERNELS
 from tinyllama.pages import plain
 from tinyllama.parity import suite
@@ -149,7 +150,7 @@ def test_a_wrong_8_bit_product_is_found_in_the_model_of_rounded_weights():
 
 
 def test_without_a_compiler_the_rows_say_so():
-    with changed((native, "available", lambda: False)):
+    with changed((Claim, "check", lambda claim, wait=0.0: False)):
         report = judged(KERNELS, subject=Subject(**DIVISIBLE))
     assert report.passed
     assert all(case.rows[-1].who.endswith(" on PyTorch's own products") for case in report.cases)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tinyllama.attention import Kernel
+from tinyllama.checkpoints.storage import HAS_FAST
 from tinyllama.device import machine
 from tinyllama.errors import InputError
 from tinyllama.generation import generate
@@ -18,15 +19,6 @@ from tinyllama.model import Llama
 from tinyllama.parity.comparison import REFERENCES, compare_runs, kernel_run, reference_run, truths
 from tinyllama.parity.continuations import SETTINGS, Continuations, compare_continuations
 from tinyllama.parity.divergence import Divergence, Run, bisect
-from tinyllama.parity.fast import (
-    Dequantised,
-    dequantised_reference_run,
-    divisible,
-    fast_layers,
-    fast_run,
-    products,
-    swapped,
-)
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
 from tinyllama.parity.gradients import Gradients, compare_gradients
 from tinyllama.parity.measure import INT8_LIMITS, Limits
@@ -36,6 +28,17 @@ from tinyllama.parity.reference import Right
 from tinyllama.parity.report import Report, Search
 from tinyllama.parity.subjects import Checkpoint, Extent, Subject, Texts
 from tinyllama.parity.trace import Trace, stages
+
+if HAS_FAST:
+    from tinyllama.parity.fast import (
+        Dequantised,
+        dequantised_reference_run,
+        divisible,
+        fast_layers,
+        fast_run,
+        products,
+        swapped,
+    )
 
 # These share their weights' values, and so one truth.
 WIDE = ("float64", "float32")
@@ -72,7 +75,7 @@ class Suite:
             if dtype not in WIDE or not truth:
                 truth = truths(model, texts)
             self._compare_with_transformers(subject.name, model, REFERENCES, kernels, texts, truth)
-            if dtype == "float32" and kernels == KERNELS:
+            if dtype == "float32" and kernels == KERNELS and HAS_FAST:
                 if divisible(model):
                     self._judge_int8(subject, model, texts, truth)
                 self._judge_more(subject, model, extent)
@@ -182,7 +185,7 @@ class Suite:
     ) -> None:
         candidates = {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()}
         note = ""
-        if kernels == KERNELS and model.dtype != torch.float64:
+        if kernels == KERNELS and model.dtype != torch.float64 and HAS_FAST:
             who = f"tinyllama stored{products(model, 'stored')}"
             candidates[who] = fast_run(model, fast_layers(model, "stored"))
             if model.dtype == torch.float32 and not divisible(model):
@@ -247,13 +250,14 @@ class Suite:
 
         compare(f"greedy, {batch}", extent.greedy_ids, [(prompts, {"attention": "eager"})])
         compare("greedy, alone", extent.greedy_ids, [([prompt], {}) for prompt in prompts])
-        layers = fast_layers(model, "stored")
+        if HAS_FAST:
+            layers = fast_layers(model, "stored")
 
-        def stored(*args: Any, **how: Any) -> list[list[int]]:
-            with swapped(model, layers):
-                return generate(*args, **how)
+            def stored(*args: Any, **how: Any) -> list[list[int]]:
+                with swapped(model, layers):
+                    return generate(*args, **how)
 
-        compare("greedy, stored", extent.greedy_ids, [([prompt], {"ours": stored}) for prompt in prompts])
+            compare("greedy, stored", extent.greedy_ids, [([prompt], {"ours": stored}) for prompt in prompts])
         alone = [
             ([prompts[seed % len(prompts)]], {"seed": seed, **how})
             for how in SETTINGS
