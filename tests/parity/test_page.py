@@ -265,7 +265,8 @@ def test_charts_are_drawn(browser, tmp_path, results):
     assert len(finite) > 8
     assert all(finite)
     for chart in labels:
-        assert all(left >= 0 and right <= 460 for left, _, right, _ in chart)
+        beyond = [box for box in chart if not 0 <= box[0] <= box[2] <= 460]
+        assert not beyond, beyond
         assert not any(overlap(*pair) for pair in combinations(chart, 2))
 
 

@@ -12,7 +12,7 @@ Values = Sequence[float]
 
 # In the SVG's own units. The left margin holds "1e-16" in the larger type that phones get.
 WIDTH, HEIGHT = 460, 276
-LEFT, RIGHT, TOP, BOTTOM = 56, 448, 26, 226
+LEFT, RIGHT, TOP, BOTTOM = 56, 444, 26, 226
 # A line this short shows its points, too.
 FEW = 12
 MOST_TICKS = 8
