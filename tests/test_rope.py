@@ -87,6 +87,14 @@ def test_angles_survive_a_cast_of_the_whole_model():
     assert not [name for name in model.state_dict() if "rotary" in name]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_of_16_bit_activations_are_float32_until_the_end(dtype):
+    # In bfloat16 position 257 would be 256, and the angle of 600 off by more than a radian.
+    positions = torch.arange(2048)[None]
+    for got, exact in zip(ROTARY(positions, dtype), ROTARY(positions, torch.float32), strict=True):
+        assert torch.equal(got, exact.to(dtype))
+
+
 def test_a_model_made_on_the_meta_device_has_its_angles():
     with torch.device("meta"):
         rotary = RotaryEmbedding(CONFIG)

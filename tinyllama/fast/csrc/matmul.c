@@ -83,7 +83,7 @@ static void multiply(const stored *w, const uint16_t *scales, const float *packe
                 long tile = t / PANEL * (ROWS / TILE) + r / TILE, part = tile % SHARES * depth / SHARES;
                 const stored *ahead = next + tile / SHARES * cols + part * WORD;
                 for (long k = 0; k < depth; k += CHAIN)
-                    add_product(block + r * (DEPTH + APART) + k, DEPTH + APART, 1, packed + t * length + (c + k) * PANEL,
+                    add_product(block + r * (DEPTH + APART) + k, DEPTH + APART, packed + t * length + (c + k) * PANEL,
                                 panel + r * PANEL, PANEL, depth - k < CHAIN ? depth - k : CHAIN,
                                 (const char *)(ahead + k * WORD / SHARES), every);
             }

@@ -34,22 +34,13 @@ INLINE floats halves(floats first, floats second) {
 #if defined(X_BFLOAT16) && defined(__AVX512BF16__)
 #define PAIRS
 enum { WORD = 2 }; /* numbers in one */
-INLINE float word(value first, value second) {
-    uint32_t bits = first | (uint32_t)second << 16;
-    float both;
-    memcpy(&both, &bits, sizeof both);
-    return both;
-}
 INLINE floats everywhere(float w) { return (floats)_mm512_set1_ps(w); }
-INLINE floats rounded(floats first, floats second) { return halves(first, second); }
 INLINE floats plus(floats sum, floats w, floats x) {
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 }
 #else
 enum { WORD = 1 };
-INLINE float word(value first, value second) { return (void)second, wide(first); }
 INLINE floats everywhere(float w) { return w - (floats){0}; } /* one in all lanes */
-INLINE floats rounded(floats first, floats second) { return (void)second, first; }
 INLINE floats plus(floats sum, floats w, floats x) { return sum + w * x; }
 #endif
 
@@ -63,9 +54,9 @@ INLINE floats words(const value *x) {
 }
 
 /* y[r][t] += the sum over k < depth of w[r][k] * x[k][t], for TILE rows r and PANEL columns t, in words.
- * w[r][k] is at w[r * row + k * step]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, one cache line
+ * w[r][k] is at w[r * row + k]. x: (depth, PANEL). y: rows of `width`. If next is not NULL, one cache line
  * from there on is prefetched each `every` steps: more at a time would evict x. */
-INLINE void add_product(const float *w, long row, long step, const float *x, float *y, long width, long depth,
+INLINE void add_product(const float *w, long row, const float *x, float *y, long width, long depth,
                         const char *next, long every) {
     floats sums[TILE][ACROSS] = {0};
     for (long k = 0; k < depth; k++) {
@@ -74,7 +65,7 @@ INLINE void add_product(const float *w, long row, long step, const float *x, flo
         UNROLL for (int i = 0; i < ACROSS; i++) columns[i] = load(x + k * PANEL + i * LANES);
         UNROLL for (int r = 0; r < TILE; r++)
             UNROLL for (int i = 0; i < ACROSS; i++)
-                sums[r][i] = plus(sums[r][i], everywhere(w[r * row + k * step]), columns[i]);
+                sums[r][i] = plus(sums[r][i], everywhere(w[r * row + k]), columns[i]);
     }
     UNROLL for (int r = 0; r < TILE; r++)
         UNROLL for (int i = 0; i < ACROSS; i++) {
