@@ -194,6 +194,6 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """The kernel's name, for print(model)."""
-        from tinyllama.kernels import kernel_name
+        from tinyllama.kernels import kernel_name  # here, because kernels.py imports this file
 
         return f"kernel={kernel_name(self.kernel)}"

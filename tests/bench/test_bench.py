@@ -215,7 +215,8 @@ def test_llama_cpp_gives_our_logits_on_the_gguf_file(tmp_path, setup, kind, bits
 
 
 def test_a_gguf_file_holds_every_tensor_in_its_kind(tmp_path, setup):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     gguf_file.write_gguf(Path(setup.folder), tmp_path / "model.gguf", "Q8_0")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert len(tensors) == 3 + 9 * L

@@ -21,13 +21,13 @@ def test_it_is_built_once_and_leaves_nothing_but_the_library(tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = norm()
     first.start()
-    assert first.library is None  # it does not wait
+    assert first.code is None  # it does not wait
     assert first.ready(wait=60)
     (library,) = (tmp_path / "tinyllama").iterdir()
     made = library.stat().st_mtime_ns
     second = norm()
     second.start()
-    assert second.library is not None
+    assert second.code is not None
     assert library.stat().st_mtime_ns == made
 
 

@@ -19,7 +19,7 @@ class LlamaCpp:
     def __init__(self, name: str, setup: Setup) -> None:
         import llama_cpp
 
-        self.name, self.setup, self.library = name, setup, llama_cpp
+        self.name, self.setup, self.package = name, setup, llama_cpp
         self.states: dict[int, Any] = {}
 
     def load(self) -> None:
@@ -33,7 +33,7 @@ class LlamaCpp:
             write_gguf(Path(self.setup.folder), path, self.name.partition("-")[2])
         threads = self.setup.threads
         try:
-            self.model = self.library.Llama(
+            self.model = self.package.Llama(
                 str(path),
                 n_ctx=self.setup.context,
                 n_threads=threads,

@@ -59,13 +59,13 @@ class Transformers:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        self.name, self.setup, self.library = name, setup, transformers
+        self.name, self.setup, self.package = name, setup, transformers
         self.dtype: torch.dtype = getattr(torch, name.partition("-")[2])
         self.caches: dict[int, Any] = {}
 
     def load(self) -> None:
         """Load the checkpoint in the dtype that the name ends with."""
-        self.model = self.library.LlamaForCausalLM.from_pretrained(
+        self.model = self.package.LlamaForCausalLM.from_pretrained(
             self.setup.folder, dtype=self.dtype, attn_implementation="sdpa"
         ).to(self.setup.device)
         config = read_config(self.setup.folder)
@@ -96,7 +96,7 @@ class Transformers:
             tokens.tolist()  # a user reads each token when it comes
 
     def _new_cache(self) -> Any:
-        return self.library.DynamicCache(config=self.model.config)
+        return self.package.DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
     def _next(self, ids: Tensor, cache: Any) -> Tensor:

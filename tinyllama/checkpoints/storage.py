@@ -112,7 +112,7 @@ def start(claims: list[Claim]) -> None:
             one.start()
     except build.BuildError:
         return  # the claims will say it
-    if not all(one.library for one in builds):
+    if not all(one.code for one in builds):
         note("compiling matrix products and norms for this processor; it is done once")
 
 

@@ -38,14 +38,14 @@ class Build:
         sources: names of C files.
         defines: the constants and dtypes that they are compiled for.
         flags: the compiler's options.
-        library: the loaded library, None before it is ready.
+        code: the loaded library, None before it is ready.
         functions: its functions that were used, by name.
     """
 
     sources: tuple[str, ...]
     defines: tuple[str, ...]
     flags: tuple[str, ...] = FLAGS
-    library: ctypes.CDLL | None = None
+    code: ctypes.CDLL | None = None
     functions: dict[str, Any] = field(default_factory=dict, repr=False)
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
@@ -55,11 +55,11 @@ class Build:
         Raises:
             BuildError: there is no compiler, or no place for what it makes.
         """
-        if self.library is not None or self._process is not None:
+        if self.code is not None or self._process is not None:
             return
         path = self._path()
         if path.exists():
-            self.library = ctypes.CDLL(str(path))
+            self.code = ctypes.CDLL(str(path))
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Build:
         Raises:
             BuildError: the compiler failed.
         """
-        if self.library is not None:
+        if self.code is not None:
             return True
         self.start()
         if self._process is not None:
@@ -88,8 +88,8 @@ class Build:
                 lines = errors.strip().splitlines() or ["the C compiler failed"]
                 raise BuildError(next((line for line in lines if "error" in line), lines[0]))
             self._process = None
-            self.library = ctypes.CDLL(str(self._path()))
-        return self.library is not None
+            self.code = ctypes.CDLL(str(self._path()))
+        return self.code is not None
 
     def _path(self) -> Path:
         """Where it lies, named after all that it depends on: unlike machines may share a home folder."""

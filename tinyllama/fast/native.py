@@ -144,8 +144,8 @@ def _call(library: build.Build, name: str) -> Callable[..., int]:
     """The C function of that name; the library is ready."""
     function = library.functions.get(name)
     if function is None:
-        assert library.library is not None, "used before it was built"
-        function = library.functions[name] = library.library[name]
+        assert library.code is not None, "used before it was built"
+        function = library.functions[name] = library.code[name]
         function.argtypes = ARGUMENTS[name]
         function.restype = _LONG if name == "packed_size" else None
     return function
