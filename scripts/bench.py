@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama.bench.peers import DEFAULT, NAMES, require
+from tinyllama.bench.peers import DEFAULT, DEFAULT_ON_GPU, NAMES, require
 from tinyllama.cli import options
 from tinyllama.cli.terminal import run
 from tinyllama.progress import note
@@ -45,7 +45,8 @@ EXAMPLES = f"""\
   python scripts/bench.py --model smollm2
 
 peers: {", ".join(NAMES)}
-(a name without a hyphen is our model in that weight mode: see --weights of generate.py)"""
+(a name without a hyphen is our model in that weight mode: see --weights of generate.py; graph is exact with
+decode steps recorded as a CUDA graph)"""
 
 
 def main() -> int:
@@ -145,7 +146,11 @@ def parse() -> argparse.Namespace:
         "--model", metavar="NAME", help="a folder, a name on the Hub or smollm2 (default: random weights)"
     )
     parser.add_argument(
-        "--peers", nargs="+", choices=NAMES, metavar="NAME", help=f"default: {' '.join(DEFAULT)}"
+        "--peers",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help=f"default: {' '.join(DEFAULT)}; on a GPU {' '.join(DEFAULT_ON_GPU)}",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
@@ -178,7 +183,8 @@ def parse() -> argparse.Namespace:
     for name, (_, full, quick, _) in SIZES.items():
         if getattr(args, field := name[2:].replace("-", "_")) is None:
             setattr(args, field, quick if args.quick else full)
-    args.peers = args.peers or (("stored",) if args.profile else DEFAULT)
+    default = DEFAULT if args.device == "cpu" else DEFAULT_ON_GPU
+    args.peers = args.peers or (("stored",) if args.profile else default)
     check(parser, args)
     return args
 

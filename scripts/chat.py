@@ -48,7 +48,7 @@ def main() -> int:
     args = parse()
     warnings.showwarning = options.note_warning
     settings = options.sampling(args)
-    model, tokenizer = options.load(args, args.weights)
+    model, tokenizer = options.load(args, args.weights, args.graph)
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strict-chat", action="store_true", help="refuse role markers in a message")
     options.add_sampling_options(parser)
     options.add_model_options(parser)
-    options.add_weights_option(parser)
+    options.add_speed_options(parser)
     return parser.parse_args()
 
 

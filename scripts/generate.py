@@ -35,7 +35,7 @@ def main() -> int:
         settings["seed"] = secrets.randbits(32)  # --stats shows it, so that the run can be repeated
 
     start = time.perf_counter()
-    model, tokenizer = options.load(args, args.weights)
+    model, tokenizer = options.load(args, args.weights, args.graph)
     load_seconds = time.perf_counter() - start
 
     ids = prompt_ids(args, tokenizer)
@@ -85,17 +85,8 @@ def parse() -> argparse.Namespace:
     )
     options.add_sampling_options(parser)
     options.add_model_options(parser)
-    options.add_weights_option(parser)
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the decode step, for long texts on a GPU; this takes about a minute at the start",
-    )
+    options.add_speed_options(parser)
     args = parser.parse_args()
-    if args.compile and not args.device.startswith("cuda"):
-        parser.error("--compile is for --device cuda; on a CPU use --weights stored, which is faster")
-    if args.compile and args.speculate:
-        parser.error("--compile and --speculate do not go together: a compiled step has one token")
     if args.strict_chat and not args.chat:
         parser.error("--strict-chat needs --chat")
     args.prompt = options.read_prompt(parser, args)

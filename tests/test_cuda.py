@@ -7,14 +7,20 @@ import torch
 
 from tests.shapes import some_ids, tiny_model
 from tests.test_generation import PROMPTS
-from tinyllama.generation import generate
+from tinyllama.checkpoints.storage import record_steps
+from tinyllama.errors import InputError
+from tinyllama.fast.graph import RecordedStep
+from tinyllama.generation import generate, stream
 from tinyllama.kernels import KERNELS
+from tinyllama.model import Llama
 from tinyllama.parity import bisect, difference, judge, kernel_run, oracle_logits, reference_run
 from tinyllama.parity.comparison import REFERENCES
 from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.gradients import compare_gradients
 from tinyllama.parity.mutations import MUTATIONS
 from tinyllama.parity.reference import config_fields, reference_model
+from tinyllama.parity.subjects import QUICK, Shape
+from tinyllama.parity.suite import Suite
 from tinyllama.parity.trace import our_trace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -83,23 +89,64 @@ def test_sampled_ids_equal_transformers_with_the_gpus_own_generator(settings):
         assert ours == transformers_ids(model, PROMPTS[0], 12, seed, **settings)
 
 
-def test_a_decode_step_replays_as_a_cuda_graph():
+def test_recorded_steps_have_the_bits_of_the_steps_they_record():
     # Fails on any copy from the host or wait for the device within a step.
     model = tiny_model(attention="sdpa").cuda()
-    cache = model.new_cache(1, 32)
-    token, position = torch.tensor([[5]], device="cuda"), torch.tensor([[0]], device="cuda")
-    with torch.no_grad():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            model(token, cache, position)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replayed = model(token, cache, position)
-        expected_cache = model.new_cache(1, 32)
-        for t, id in enumerate([5, 7, 11, 13]):
-            token.fill_(id)
-            position.fill_(t)
-            graph.replay()
-            expected = model(token, expected_cache, position)
-            torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=0)
+    cache, expected_cache = model.new_cache(2, 32), model.new_cache(2, 32)
+    step = RecordedStep(model)
+    with torch.inference_mode():
+        for t, ids in enumerate(some_ids(5, 2).cuda()):
+            positions = torch.tensor([[t], [t - 2]], device="cuda").clamp(min=-1)
+            expected = model(ids[:, None], expected_cache, positions)
+            assert torch.equal(step(ids[:, None], cache, positions), expected)
+
+
+def test_a_generation_from_a_recording_has_the_same_ids_and_honours_changes_before_it():
+    model, recorded = (tiny_model(attention="sdpa").cuda() for _ in range(2))
+    record_steps(recorded)
+    for attention in ("sdpa", "eager"):
+        for each in (model, recorded):
+            each.set_attention(KERNELS[attention])
+        assert generate(recorded, PROMPTS, max_new_tokens=30) == generate(model, PROMPTS, max_new_tokens=30)
+    calls = []
+    recorded.norm.register_forward_hook(lambda *_: calls.append(1))
+    cache = recorded.new_cache(1, 64)
+    for _ in range(2):  # the same cache again
+        cache.length = 0
+        list(stream(recorded, PROMPTS[0], max_new_tokens=20, eos_ids=(), cache=cache))
+    assert len(calls) == 2 * 3  # prefill, one step as usual, and its recording
+
+
+def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_the_model_goes_on():
+    def waiting(q, k, v, context):
+        return KERNELS["eager"](q, k, v, context) * (1.0 if q.sum().item() else 2.0)
+
+    model = tiny_model().cuda()
+    model.set_attention(waiting)
+    expected = generate(model, [PROMPTS[0]], max_new_tokens=8)
+    record_steps(model)
+    with pytest.raises(InputError, match="graph: the decode step cannot be recorded"):
+        generate(model, [PROMPTS[0]], max_new_tokens=8)
+    model.step = None
+    assert generate(model, [PROMPTS[0]], max_new_tokens=8) == expected
+
+
+def test_a_model_follows_every_way_to_a_device_or_dtype():
+    expected = tiny_model(dtype=torch.float64)(IDS)
+    moved = tiny_model().cuda().double()  # by dtype alone, once it is there
+    torch.testing.assert_close(moved(IDS.cuda()).cpu(), expected, atol=1e-10, rtol=0)
+    with torch.device("cuda"):
+        made = Llama(moved.config).double()
+    made.load_state_dict(moved.state_dict())
+    torch.testing.assert_close(made(IDS.cuda()).cpu(), expected, atol=1e-10, rtol=0)
+
+
+def test_the_suite_passes():
+    class Tiny(Shape):
+        def texts(self, extent):
+            return {"text": IDS[0].tolist()}
+
+    suite = Suite()
+    suite.judge(Tiny("tiny", tiny_model().config, "cuda"), KERNELS, QUICK)
+    assert suite.report.passed
+    assert suite.report.cases

@@ -329,10 +329,10 @@ def test_what_cannot_be_guessed_is_refused_at_once(model):
         Speculation(0)
     with pytest.raises(InputError, match=r"speculate: expected 0 \(off\) or one prompt, got 2 prompts"):
         generate(model, [PROMPT, PROMPT], speculate=3)
-    compiled = tiny_model()
-    compiled.step = lambda ids, cache, positions: compiled(ids, cache, positions)
-    with pytest.raises(InputError, match="speculate: a compiled step has one token"):
-        stream(compiled, PROMPT, speculate=3)
+    recorded = tiny_model()
+    recorded.step = lambda ids, cache, positions: recorded(ids, cache, positions)
+    with pytest.raises(InputError, match="speculate: a recorded step has one token"):
+        stream(recorded, PROMPT, speculate=3)
 
 
 def test_the_scripts_say_the_same_with_guesses_and_count_them(smollm2_folder, monkeypatch, capfd):

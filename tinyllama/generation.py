@@ -211,7 +211,7 @@ def _speculation(most: int, prompts: Sequence[Sequence[int]], model: Llama) -> S
     if len(prompts) > 1:
         raise InputError(f"speculate: expected 0 (off) or one prompt, got {len(prompts)} prompts")
     if model.step is not None:
-        raise InputError("speculate: a compiled step has one token, speculation several; choose one of them")
+        raise InputError("speculate: a recorded step has one token, speculation several; choose one of them")
     return Speculation(most)
 
 

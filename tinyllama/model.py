@@ -80,7 +80,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Takes decode steps in place of the model where one is set: a compiled graph (see fast/graph.py).
+        # Takes decode steps in place of the model where one is set: a recording (see fast/graph.py).
         self.step: Callable[[Tensor, KVCache, Tensor], Tensor] | None = None
         self.tie_weights()
 

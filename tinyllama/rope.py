@@ -7,7 +7,6 @@ their own positions, q.k depends only on the distance between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +49,16 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         # Not buffers: model.to(bfloat16) would round a buffer (logits moved by 0.07), and a model made on the
-        # meta device would leave it empty. float64 models turn by float64 angles.
-        self.frequencies = self._on(torch.device("cpu"))
+        # meta device would leave it empty.
+        self._frequencies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for dtype in (torch.float32, torch.float64):  # torch.compile would take the first call into its graph
+            self.frequencies(dtype, torch.device("cpu"))
 
-    def _on(self, device: torch.device) -> dict[torch.dtype, Tensor]:
-        return {
-            dtype: inverse_frequencies(self.config, dtype).to(device)
-            for dtype in (torch.float32, torch.float64)
-        }
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        # Called by .to(), .cuda() and the like: the table follows the model to a device, never to a dtype.
-        self.frequencies = self._on(fn(torch.empty(0)).device)
-        return super()._apply(fn, recurse)
+    def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`inverse_frequencies`, computed once for each dtype and device in which the model is used."""
+        if (dtype, device) not in self._frequencies:
+            self._frequencies[dtype, device] = inverse_frequencies(self.config, dtype).to(device)
+        return self._frequencies[dtype, device]
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what `rotate` needs: cos and sin of each position's angles.
@@ -76,7 +72,8 @@ class RotaryEmbedding(nn.Module):
             (cos, cos) and (-sin, sin), each (B, 1, T, D): one rotation for all heads.
         """
         working = torch.promote_types(dtype, torch.float32)
-        angles = positions[:, None, :, None].to(working) * self.frequencies[working]  # (B, 1, T, D/2)
+        frequencies = self.frequencies(working, positions.device)  # (D/2,)
+        angles = positions[:, None, :, None].to(working) * frequencies  # (B, 1, T, D/2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

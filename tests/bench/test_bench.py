@@ -104,8 +104,8 @@ def test_each_round_measures_each_figure_of_each_peer_in_turn_beside_the_limits(
     found = measure.interleave(peers, plan, Recorder("machine", calls))
     one_round = [
         *("float32", "bfloat16"),
-        *("read", ("a", "decode", 4, 6), ("b", "decode", 4, 6)),
-        *("read", ("a", "decode", 64, 6), ("b", "decode", 64, 6)),
+        *("read", ("a", "decode", 4, 7), ("b", "decode", 4, 7)),
+        *("read", ("a", "decode", 64, 7), ("b", "decode", 64, 7)),
         *("read", ("a", "prefill", 8), ("b", "prefill", 8)),
         *("read", ("a", "batch", 2, 5)),
     ]

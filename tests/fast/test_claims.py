@@ -59,8 +59,8 @@ EDITS = {
     "theta": ("rope.py", "config.rope_theta**", "(2 * config.rope_theta) ** ", True),
     "bf16 RoPE angles": (
         "rope.py",
-        "* self.frequencies[working]",
-        "* self.frequencies[working].bfloat16()",
+        ".to(working) * frequencies",
+        ".to(working) * frequencies.bfloat16()",
         True,
     ),
     "RoPE turns the other way": ("rope.py", "torch.cat((-sin, sin)", "torch.cat((sin, -sin)", True),

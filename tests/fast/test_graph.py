@@ -1,18 +1,17 @@
-"""torch.compile makes one graph of a decode step, and the graph computes what the model computes."""
-
-import shutil
+"""What a recorded decode step needs of the model; recordings themselves are tested in test_cuda.py."""
 
 import pytest
 import torch
 
 from tests.shapes import some_ids, tiny_model
-from tinyllama.fast.graph import CompiledStep
+from tinyllama.checkpoints.storage import record_steps
+from tinyllama.errors import InputError
 from tinyllama.generation import generate, stream
 from tinyllama.kernels import KERNELS
 
 
 @pytest.mark.parametrize("attention", sorted(KERNELS))
-def test_decoding_is_one_graph_without_breaks_or_recompilation(attention):
+def test_a_step_is_one_graph_without_breaks_or_recompilation(attention):
     # Fails on a Python branch over data, on a length that is baked into the graph, and on an .item(), which
     # the compiler takes into the graph without a word: on a GPU every step would wait for it.
     torch._dynamo.reset()
@@ -36,36 +35,21 @@ def test_decoding_is_one_graph_without_breaks_or_recompilation(attention):
     assert not [node for node in graph.graph.nodes if node.target in ("item", "tolist")]
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_steps_equal_eager_ones():
-    # Inductor writes new code for every operation. 1e-5 is the ceiling on float32 relRMS; logits have RMS 1.
-    torch._dynamo.reset()
-    model, ids = tiny_model(attention="sdpa", num_hidden_layers=1), some_ids(2, 6)
-    compiled_cache, cache = model.new_cache(2, 8), model.new_cache(2, 8)
-    step = CompiledStep(model)
-    with torch.inference_mode():
-        for t in range(6):
-            positions = torch.tensor([[t], [t - 2]]).clamp(min=-1)
-            expected = model(ids[:, t : t + 1], cache, positions)
-            torch.testing.assert_close(
-                step(ids[:, t : t + 1], compiled_cache, positions), expected, atol=1e-5, rtol=0
-            )
+def test_generation_takes_its_steps_where_one_is_set():
+    model, other, prompts, calls = tiny_model(), tiny_model(), [[5, 7, 11], [3], [2, 9, 4, 1, 8]], []
 
+    def step(ids, cache, positions):
+        calls.append(ids)
+        return model(ids, cache, positions)
 
-def test_generation_by_compiled_steps_gives_the_same_ids(monkeypatch):
-    # With the graph taken as it is: that the compiler's code is right is the other test's business.
-    torch._dynamo.reset()
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda step, **how: compile(step, fullgraph=how["fullgraph"], backend="eager")
-    )
-    model, graph, prompts = (
-        tiny_model(attention="sdpa"),
-        tiny_model(attention="sdpa"),
-        [[5, 7, 11], [3], [2, 9, 4, 1, 8]],
-    )
-    graph.step = CompiledStep(graph)
+    other.step = step
     for settings in ({}, {"temperature": 1.0, "seed": 3}):
         settings |= {"max_new_tokens": 12, "eos_ids": ()}
-        assert generate(graph, prompts, **settings) == generate(model, prompts, **settings)
-        assert list(stream(graph, prompts[0], **settings)) == list(stream(model, prompts[0], **settings))
+        assert generate(other, prompts, **settings) == generate(model, prompts, **settings)
+        assert list(stream(other, prompts[0], **settings)) == list(stream(model, prompts[0], **settings))
+    assert len(calls) == 4 * 11  # the first token of a text comes from its prefill
+
+
+def test_a_model_on_a_cpu_is_not_recorded():
+    with pytest.raises(InputError, match="graph: expected a model on cuda"):
+        record_steps(tiny_model())

@@ -43,8 +43,8 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text; the first decode step is not timed."""
-        return max(max(self.contexts) + self.steps + 1, self.prefill, self.rows)
+        """Tokens of the longest text; the first decode step, which may prepare the others, is not timed."""
+        return max(max(self.contexts) + self.steps + 2, self.prefill, self.rows)
 
     @property
     def figures(self) -> list[Figure]:
@@ -73,8 +73,8 @@ class Figure:
             return self.size / seconds(lambda: peer.prefill(self.size))
         if self.kind == "batch of":
             return self.size * steps / seconds(lambda: peer.batch(self.size, steps))
-        tokens = peer.decode(self.size, steps + 1)
-        next(tokens)
+        tokens = peer.decode(self.size, steps + 2)
+        next(tokens), next(tokens)
         return steps / seconds(lambda: deque(tokens, maxlen=0))
 
 

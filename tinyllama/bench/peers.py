@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from tinyllama import LlamaConfig
 
 MODES = ("exact", "stored", "float32", "bfloat16", "float16", "int8")
+# Exact, with decode steps recorded as a CUDA graph.
+GRAPH = "graph"
 # The part after the hyphen is the dtype, for llama.cpp the kind of the GGUF file.
-NAMES = (*MODES, "transformers-float32", "transformers-bfloat16", "llama.cpp-F16", "llama.cpp-Q8_0")
+NAMES = (*MODES, GRAPH, "transformers-float32", "transformers-bfloat16", "llama.cpp-F16", "llama.cpp-Q8_0")
 # Of a bfloat16 checkpoint `bfloat16` is the same as `stored`; with `float32` too, 24 GB would not hold all.
-DEFAULT = tuple(name for name in NAMES if name not in ("float32", "bfloat16", "float16"))
+DEFAULT = tuple(name for name in NAMES if name not in ("float32", "bfloat16", "float16", GRAPH))
+DEFAULT_ON_GPU = ("exact", GRAPH, "transformers-float32", "transformers-bfloat16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def make_peer(name: str, setup: Setup) -> Peer:
     Raises:
         InputError: its library is not installed.
     """
-    if name in MODES:
+    if name in (*MODES, GRAPH):
         from tinyllama.bench.torch_peers import Ours
 
         return Ours(name, setup)

@@ -19,7 +19,7 @@ from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.files import AGAIN, one_line
 from tinyllama.checkpoints.headers import StoredTensor, find_tensors
 from tinyllama.checkpoints.hub import resolve
-from tinyllama.checkpoints.storage import Storage, compile_steps, speed_up, start
+from tinyllama.checkpoints.storage import Storage, record_steps, speed_up, start
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
@@ -40,7 +40,7 @@ def load(
     attention: str = "sdpa",
     weights: str = "exact",
     threads: int | None = None,
-    compile: bool = False,
+    graph: bool = False,
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -51,7 +51,8 @@ def load(
         attention: see `load_model`.
         weights: see `load_model`.
         threads: how many threads compute, in all of PyTorch; None leaves it as it is (all cores).
-        compile: take decode steps as one compiled graph, for long texts on a GPU; see `fast.graph`.
+        graph: on a GPU, record the first decode step of a generation and replay it for the others: the same
+            kernels, started at once. See `fast.graph`.
 
     Raises:
         InputError: the model cannot be found or used; the message says why and what to do.
@@ -69,8 +70,8 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(folder, device=device, dtype=dtype, attention=attention, weights=weights)
-    if compile:
-        compile_steps(model)
+    if graph:
+        record_steps(model)
     return model, tokenizer
 
 

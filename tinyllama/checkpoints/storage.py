@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim
 
 try:
-    from tinyllama.fast import build, linear, native, norm
-    from tinyllama.fast.graph import CompiledStep
+    from tinyllama.fast import build, graph, linear, native, norm
 
     HAS_FAST = True
 except ModuleNotFoundError as error:
@@ -131,15 +130,18 @@ def speed_up(model: Llama, claims: list[Claim]) -> None:
     model.begin = partial(_check, claims)  # type: ignore[method-assign]
 
 
-def compile_steps(model: Llama) -> None:
-    """Let the model take decode steps as one compiled graph, for long texts on a GPU.
+def record_steps(model: Llama) -> None:
+    """Let the model, on a GPU, take decode steps from a recording; see `fast.graph`.
 
     Raises:
-        InputError: the folder fast/ is missing.
+        InputError: the model is on a CPU, or the folder fast/ is missing.
     """
     if not HAS_FAST:
-        raise InputError("compile: needs the folder tinyllama/fast, which is missing; leave it out")
-    model.step = CompiledStep(model)
+        raise InputError("graph: needs the folder tinyllama/fast, which is missing; leave it out")
+    device = model.embed_tokens.weight.device
+    if device.type != "cuda":
+        raise InputError(f"graph: expected a model on cuda, got one on {device}; leave it out")
+    graph.record_steps(model)
 
 
 def _check(claims: list[Claim]) -> None:

@@ -95,8 +95,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """How matrices are kept; see `load`."""
+def add_speed_options(parser: argparse.ArgumentParser) -> None:
+    """How matrices are kept, and whether decode steps are recorded; see `load`."""
     parser.add_argument(
         "--weights",
         default="stored",
@@ -104,6 +104,12 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
         help="how matrices are kept. stored: as in the file, most often in 16 bits: equal to exact but for "
         "rounding, and up to three times as fast to decode; int8: faster still, a little less exact; exact: "
         "in --dtype, and what transformers computes to the last bit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
+        "bits, some four times as fast",
     )
 
 
@@ -186,8 +192,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
-def load(args: argparse.Namespace, weights: str = "exact") -> tuple[Llama, Tokenizer]:
-    """The model and tokenizer that the options name, with the matrices kept as `weights` says.
+def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the options name; `weights` and `graph` as in `tinyllama.load`.
 
     Raises:
         InputError: see `tinyllama.load`.
@@ -196,16 +202,22 @@ def load(args: argparse.Namespace, weights: str = "exact") -> tuple[Llama, Token
     from tinyllama.kernels import KERNELS
     from tinyllama.lab.kernel_file import load_kernel
 
-    usable_device(args.device)  # before a download of gigabytes
+    device = usable_device(args.device)  # before a download of gigabytes
+    if graph and device.type != "cuda":
+        raise tinyllama.InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
+    if graph and args.speculate:
+        raise tinyllama.InputError(
+            "--graph and --speculate do not go together: a recorded step has one token"
+        )
     kernel = None if args.attention in KERNELS else load_kernel(args.attention)
     model, tokenizer = tinyllama.load(
         args.model,
-        device=args.device,
+        device=device,
         dtype=args.dtype,
         attention="sdpa" if kernel else args.attention,
         weights=weights,
         threads=args.threads,
-        compile=getattr(args, "compile", False),
+        graph=graph,
     )
     if kernel:
         model.set_attention(kernel)

@@ -136,8 +136,7 @@ def _kernel(kernel: Kernel) -> Callable[[Llama], Planted]:
 
 def _theta(theta: float) -> Callable[[Llama], Planted]:
     def planted(model: Llama) -> Planted:
-        rotary = RotaryEmbedding(replace(model.config, rope_theta=theta))
-        return changed((model, "rotary", rotary.to(model.embed_tokens.weight.device)))
+        return changed((model, "rotary", RotaryEmbedding(replace(model.config, rope_theta=theta))))
 
     return planted
 
@@ -158,7 +157,8 @@ def _positions_plus_1(model: Llama) -> Planted:
 
 
 def _bfloat16_angles(rotary: RotaryEmbedding, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angles = positions[:, None, :, None].bfloat16() * rotary.frequencies[torch.float32].bfloat16()
+    frequencies = rotary.frequencies(torch.float32, positions.device).bfloat16()
+    angles = positions[:, None, :, None].bfloat16() * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
