@@ -57,7 +57,8 @@ def generate(
     if not open_rows:
         return rows
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    for chosen in _steps(model, prompts, sampler, model.new_cache(len(prompts), capacity), speculation):
+    steps = _steps(model, prompts, sampler, model.new_cache(len(prompts), capacity), speculation)
+    for chosen in model.supervise(steps):
         for row in sorted(open_rows):
             rows[row].append(chosen[row])
             if chosen[row] in ends or len(rows[row]) == limits[row]:
@@ -97,9 +98,8 @@ def stream(
             f"cache.length: expected less than the prompt's {len(ids)} ids, got {cache.length}; set it to "
             "how many of them the cache holds"
         )
-    return TokenStream(
-        _steps(model, [ids], Sampler(**sampling), cache, speculation), limit, ends, speculation
-    )
+    steps = _steps(model, [ids], Sampler(**sampling), cache, speculation)
+    return TokenStream(model.supervise(steps), limit, ends, speculation)
 
 
 class TokenStream(Iterator[int]):
@@ -184,7 +184,6 @@ def _steps(
         seen.scatter_(1, chosen[:, None], True)
         return chosen
 
-    model.begin()
     logits = prefill(model, prompts, cache)
     if speculation:
         yield from speculation.steps(model, prompts[0], logits, choose, cache)

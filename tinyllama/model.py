@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from tinyllama.attention import Attention, AttentionMask, Kernel, Tap
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
 from tinyllama.rope import RotaryEmbedding
+
+Step = TypeVar("Step")
 
 
 class RMSNorm(nn.Module):
@@ -125,8 +128,9 @@ class Llama(nn.Module):
             cache.length = keys.shape[1]
         return self.norm(x)
 
-    def begin(self) -> None:
-        """Called when a generation begins. What makes a model fast puts its own check here; see fast/."""
+    def supervise(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps of a generation. What makes a model fast puts its checks around them here; see fast/."""
+        return steps
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""

@@ -14,7 +14,7 @@ pytestmark = compiled
 
 
 def norm() -> Build:
-    return Build(("norm", "team"), ("-DX_FLOAT32",), ("-O0", "-fPIC", "-fopenmp"))
+    return Build(("norm",), ("-DX_FLOAT32",), ("-O0", "-fPIC", "-fopenmp"))
 
 
 def test_it_is_built_once_and_leaves_nothing_but_the_library(tmp_path, monkeypatch):

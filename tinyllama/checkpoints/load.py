@@ -142,7 +142,7 @@ def load_model(
     model.set_attention(chosen)
     model = model.to(device).eval()
     if device.type == "cpu":
-        speed_up(model, claims)
+        speed_up(model, claims, exact=storage.kind == "exact")
     return model
 
 

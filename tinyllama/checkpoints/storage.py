@@ -6,23 +6,23 @@ This is the one place that imports `tinyllama.fast`. Where that folder is missin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyllama.errors import InputError
-from tinyllama.model import Llama, RMSNorm
+from tinyllama.model import Llama, RMSNorm, Step
 from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim
 
 try:
-    from tinyllama.fast import build, graph, linear, native, norm
+    from tinyllama.fast import build, graph, linear, native, norm, threads
 
     HAS_FAST = True
 except ModuleNotFoundError as error:
@@ -115,8 +115,14 @@ def start(claims: list[Claim]) -> None:
         note("compiling matrix products and norms for this processor; it is done once")
 
 
-def speed_up(model: Llama, claims: list[Claim]) -> None:
-    """Let a model on the CPU use the faster code whose claims hold, checked now and at each generation."""
+def speed_up(model: Llama, claims: list[Claim], exact: bool) -> None:
+    """Let a model on the CPU use the faster code whose claims hold, checked now and at each generation.
+
+    Args:
+        model: the model.
+        claims: see `Storage.claims`.
+        exact: whether bits are to be transformers', which may depend on the number of threads.
+    """
     if not claims:
         return
     for module in model.modules():
@@ -127,7 +133,12 @@ def speed_up(model: Llama, claims: list[Claim]) -> None:
     end = time.monotonic() + build.WAIT_SECONDS
     for claim in claims:
         claim.check(wait=max(0.0, end - time.monotonic()))
-    model.begin = partial(_check, claims)  # type: ignore[method-assign]
+
+    def supervise(steps: Iterator[Step]) -> Iterator[Step]:
+        checked = chain(_checks(claims), steps)
+        return checked if exact else threads.team.steps(checked)
+
+    model.supervise = supervise  # type: ignore[method-assign]
 
 
 def record_steps(model: Llama) -> None:
@@ -144,9 +155,11 @@ def record_steps(model: Llama) -> None:
     graph.record_steps(model)
 
 
-def _check(claims: list[Claim]) -> None:
+def _checks(claims: list[Claim]) -> Iterator[Any]:
+    """Check the claims when the first step is asked for; no step of its own."""
     for claim in claims:
         claim.check()
+    yield from ()
 
 
 def _has_compiler() -> bool:

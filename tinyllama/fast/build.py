@@ -129,15 +129,13 @@ class Build:
 @cache
 def products(weights: torch.dtype, activations: torch.dtype) -> Build:
     """Matrix products for weights and activations of those dtypes."""
-    return Build(
-        ("matvec", "matmul", "team"), (f"-DGROUP={GROUP}", _define(weights), _define(activations, "X_"))
-    )
+    return Build(("matvec", "matmul"), (f"-DGROUP={GROUP}", _define(weights), _define(activations, "X_")))
 
 
 @cache
 def norm(activations: torch.dtype) -> Build:
     """RMSNorm for activations of that dtype."""
-    return Build(("norm", "team"), (_define(activations, "X_"),))
+    return Build(("norm",), (_define(activations, "X_"),))
 
 
 def compiler() -> str:

@@ -8,12 +8,14 @@ that waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tinyllama.cache import KVCache
 from tinyllama.errors import InputError
-from tinyllama.model import Llama
+from tinyllama.model import Llama, Step
 
 
 class RecordedStep:
@@ -63,4 +65,9 @@ class RecordedStep:
 def record_steps(model: Llama) -> None:
     """Let generations take their decode steps from a recording, from now on."""
     step = RecordedStep(model)
-    model.step, model.begin = step, step.forget  # type: ignore[method-assign]
+
+    def supervise(steps: Iterator[Step]) -> Iterator[Step]:
+        step.forget()
+        yield from steps
+
+    model.step, model.supervise = step, supervise  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tinyllama.fast import build, native
 from tinyllama.fast.build import GROUP
 from tinyllama.fast.claims import Claim
+from tinyllama.fast.threads import team
 
 # Rows of W that are widened at once for PyTorch's product: few enough to stay in the cache.
 WIDENED_ROWS = 512
@@ -173,12 +174,13 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(len(weight), weight.shape[1] // GROUP, dtype=torch.bfloat16, device=weight.device)
     for at in range(0, len(weight), ROUNDED_ROWS):
         part = slice(at, at + ROUNDED_ROWS)
-        groups = weight[part].to(torch.float32, copy=True).unflatten(1, (-1, GROUP))
-        low, high = groups.aminmax(dim=-1)
-        # Rounded before they are used: then rounding the scales costs only a little of the range.
-        scales[part] = torch.maximum(-low, high) / 127
-        steps = scales[part].float()[..., None]
-        # In place: taking fresh memory would cost more than the arithmetic.
-        groups.div_(steps.masked_fill_(steps == 0, 1)).round_().clamp_(-127, 127)
-        values[part] = groups.flatten(1)
+        with team.at_work():
+            groups = weight[part].to(torch.float32, copy=True).unflatten(1, (-1, GROUP))
+            low, high = groups.aminmax(dim=-1)
+            # Rounded before they are used: then rounding the scales costs only a little of the range.
+            scales[part] = torch.maximum(-low, high) / 127
+            steps = scales[part].float()[..., None]
+            # In place: taking fresh memory would cost more than the arithmetic.
+            groups.div_(steps.masked_fill_(steps == 0, 1)).round_().clamp_(-127, 127)
+            values[part] = groups.flatten(1)
     return values, scales

@@ -9,7 +9,6 @@
  * Compiled once for each dtype of W and each dtype of x and y; see build.py.
  */
 
-#include "team.h"
 #include "weights.h"
 
 int omp_get_num_threads(void); /* as in omp.h, which not every compiler comes with */
@@ -26,7 +25,7 @@ enum {
 
 /* packed[panel][c][lane] = word c of vector panel * PANEL + lane; the last vector fills up the last panel. */
 static void pack(const value *x, float *packed, long cols, long n) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
     for (long first = 0; first < (n + PANEL - 1) / PANEL * PANEL; first += LANES)
         for (long c = 0; c < cols / WORD; c += LANES) {
             floats square[LANES];
@@ -106,22 +105,13 @@ void matmul(const stored *w, const uint16_t *scales, const value *x, float *pack
             long n) {
     for (long first = 0; first < n; first += VECTORS) {
         long many = n - first < VECTORS ? n - first : VECTORS;
-        struct team team = gather();
-#pragma omp parallel num_threads(team.threads)
+#pragma omp parallel
         {
             pack(x + first * cols, packed, cols, many);
-            arrive(&team);
-        }
-        dismiss(&team);
-        team = gather();
-#pragma omp parallel num_threads(team.threads)
-        {
 #pragma omp for schedule(dynamic) nowait
             for (long top = 0; top < rows; top += ROWS)
                 multiply(w + top * cols, scales ? scales + top * cols / GROUP : NULL, packed, y + first * rows + top,
                          rows - top < ROWS ? rows - top : ROWS, rows, cols, many);
-            arrive(&team);
         }
-        dismiss(&team);
     }
 }

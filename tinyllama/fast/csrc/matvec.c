@@ -12,7 +12,6 @@
 
 #pragma GCC optimize("schedule-insns") /* without it GCC 12 loads a value again at every use, registers or not */
 
-#include "team.h"
 #include "weights.h"
 
 /* How many vectors' sums the registers hold, for each of TALL rows. */
@@ -95,33 +94,27 @@ INLINE void some_dots(const stored *w, const uint16_t *scales, const value *x, f
 void matvec(const stored *w, const uint16_t *scales, const value *x, value *y, long rows, long cols, long n) {
     long together = 1, block = cols, ahead = AHEAD / sizeof(stored); /* one vector: read each row to its end */
     if (n > 1) together = TOGETHER, block = BLOCK, ahead = TOGETHER * cols;
-    struct team team = gather();
-#pragma omp parallel num_threads(team.threads)
-    {
-#pragma omp for schedule(static) nowait
-        for (long top = 0; top < rows; top += together) {
-            long high = rows - top < together ? rows - top : together;
-            for (long k = 0; k < n; k += VECTORS) {
-                long few = n - k < VECTORS ? n - k : VECTORS;
-                floats sums[TOGETHER][VECTORS];
-                memset(sums, 0, high * sizeof *sums);
-                for (long c = 0; c < cols; c += block) {
-                    long part = cols - c < block ? cols - c : block;
-                    long from = part * k / n, to = part * (k + few) / n; /* these vectors' share of the prefetching */
-                    for (long r = 0; r < high; r += TALL) {
-                        long at = (top + r) * cols + c;
-                        const uint16_t *s = scales ? scales + at / GROUP : scales;
-                        if (high - r < TALL)
-                            some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, 1, few, ahead, from, to);
-                        else
-                            some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, TALL, few, ahead, from, to);
-                    }
+#pragma omp parallel for schedule(static)
+    for (long top = 0; top < rows; top += together) {
+        long high = rows - top < together ? rows - top : together;
+        for (long k = 0; k < n; k += VECTORS) {
+            long few = n - k < VECTORS ? n - k : VECTORS;
+            floats sums[TOGETHER][VECTORS];
+            memset(sums, 0, high * sizeof *sums);
+            for (long c = 0; c < cols; c += block) {
+                long part = cols - c < block ? cols - c : block;
+                long from = part * k / n, to = part * (k + few) / n; /* these vectors' share of the prefetching */
+                for (long r = 0; r < high; r += TALL) {
+                    long at = (top + r) * cols + c;
+                    const uint16_t *s = scales ? scales + at / GROUP : scales;
+                    if (high - r < TALL)
+                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, 1, few, ahead, from, to);
+                    else
+                        some_dots(w + at, s, x + k * cols + c, sums + r, cols, part, TALL, few, ahead, from, to);
                 }
-                for (long i = 0; i < few; i++)
-                    for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = narrow(total(sums[r][i]));
             }
+            for (long i = 0; i < few; i++)
+                for (long r = 0; r < high; r++) y[(k + i) * rows + top + r] = narrow(total(sums[r][i]));
         }
-        arrive(&team);
     }
-    dismiss(&team);
 }

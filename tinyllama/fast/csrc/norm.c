@@ -6,7 +6,6 @@
 
 #include <math.h>
 
-#include "team.h"
 #include "values.h"
 
 enum { MANY = 16384 }; /* values from which on a second thread helps */
@@ -24,21 +23,14 @@ void rms_norm_plain(const value *x, const value *weight, value *y, long rows, lo
 
 /* The same as `rms_norm_plain`, with float32 sums. */
 void rms_norm(const value *x, const value *weight, value *y, long rows, long cols, float eps) {
-    struct team team = gather();
-    if (rows * cols < MANY) team.threads = 1;
-#pragma omp parallel num_threads(team.threads)
-    {
-#pragma omp for schedule(static) nowait
-        for (long r = 0; r < rows; r++) {
-            const value *xr = x + r * cols;
-            value *yr = y + r * cols;
-            float squares = 0;
+#pragma omp parallel for schedule(static) if (rows * cols >= MANY)
+    for (long r = 0; r < rows; r++) {
+        const value *xr = x + r * cols;
+        value *yr = y + r * cols;
+        float squares = 0;
 #pragma omp simd reduction(+ : squares)
-            for (long c = 0; c < cols; c++) squares += wide(xr[c]) * wide(xr[c]);
-            float scale = 1 / sqrtf(squares / cols + eps);
-            for (long c = 0; c < cols; c++) yr[c] = narrow(wide(weight[c]) * wide(narrow(wide(xr[c]) * scale)));
-        }
-        arrive(&team);
+        for (long c = 0; c < cols; c++) squares += wide(xr[c]) * wide(xr[c]);
+        float scale = 1 / sqrtf(squares / cols + eps);
+        for (long c = 0; c < cols; c++) yr[c] = narrow(wide(weight[c]) * wide(narrow(wide(xr[c]) * scale)));
     }
-    dismiss(&team);
 }
