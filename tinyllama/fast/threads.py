@@ -8,7 +8,7 @@ other programs at work on two cores, waiting took nine tenths of the time. One t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,10 +23,20 @@ REGION = 32768  # numbers for which PyTorch takes one more thread
 
 
 class Team:
-    """Whether all threads compute; it remembers what it saw from one token to the next."""
+    """Whether all threads compute; it remembers what it saw from one token to the next.
 
-    def __init__(self) -> None:
-        self._alone_until = 0.0
+    Args:
+        clock: the time, in seconds.
+        computed: the seconds for which the calling thread has computed.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        computed: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._clock, self._computed = clock, computed
+        self._alone_until = -1.0
         self._pause = SHORTEST
 
     def steps(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -44,9 +54,9 @@ class Team:
     def at_work(self) -> Iterator[None]:
         """Within, as many threads compute as came in time lately; afterwards as many as before."""
         threads = torch.get_num_threads()
-        if time.monotonic() > self._alone_until and self._pause > SHORTEST:
+        if self._clock() > self._alone_until and self._pause > SHORTEST:
             self._try()
-        if time.monotonic() > self._alone_until:
+        if threads == 1 or self._clock() > self._alone_until:
             with self._watched():
                 yield
             return
@@ -60,17 +70,17 @@ class Team:
         """Find out by work that matters to nobody."""
         work = torch.zeros(REGION * torch.get_num_threads())
         with self._watched():
-            end = time.monotonic() + TRY
-            while time.monotonic() < end:
+            end = self._clock() + TRY
+            while self._clock() < end:
                 work.add_(1)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        start, computed = time.monotonic(), time.thread_time()
+        start, computed = self._clock(), self._computed()
         yield
-        end = time.monotonic()
-        lost = (end - start) - (time.thread_time() - computed)
-        if torch.get_num_threads() > 1 and lost > LATE * (end - start):
+        end = self._clock()
+        lost = (end - start) - (self._computed() - computed)
+        if lost > LATE * (end - start):
             self._alone_until = end + self._pause
             self._pause = min(2 * self._pause, LONGEST)
         else:
