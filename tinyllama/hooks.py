@@ -30,7 +30,7 @@ from tinyllama.model import Llama
 from tinyllama.rope import RotaryEmbedding
 
 # The last part of an address (a layer's is its number) -> the shape of its value; F is the MLP's width.
-# Generation asks lm_head for the last token alone, (B, V), and fused layers give norm no others, (B, 1, C).
+# A prefill asks lm_head for the last token alone: (B, 1, V).
 SHAPES = {
     "embed_tokens": "B T C",
     "q_proj": "B T H*D",
