@@ -132,6 +132,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     return z.reshape(B, H, T, D)
 
 
+def check_result(z: Any, q: Tensor, kernel: Kernel) -> None:
+    """Raise InputError unless a kernel's result has the queries' shape (B, H, T, D), dtype and device."""
+    if not isinstance(z, Tensor) or z.shape != q.shape or z.dtype != q.dtype or z.device != q.device:
+        from tinyllama.kernels import wrong_result  # here, because kernels.py imports this file
+
+        raise wrong_result(z, q, kernel)
+
+
 class Tap(nn.Identity):
     """A value with a name: a forward hook here reads it, or replaces it by what the hook returns."""
 
@@ -178,8 +186,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(self.layer, mask, k, v)  # (B, K, S, D)
         context = AttentionContext(mask, self.head_dim**-0.5, self.layer, self.scores, self.pattern)
-        z = self.z(self.kernel(q, k, v, context))  # (B, H, T, D)
-        return self.o_proj(z.transpose(1, 2).flatten(2))
+        z = self.kernel(q, k, v, context)  # (B, H, T, D)
+        check_result(z, q, self.kernel)
+        return self.o_proj(self.z(z).transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) as (B, heads, T, D)."""

@@ -6,8 +6,10 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinyllama.errors import InputError
 
@@ -104,3 +106,10 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def described(value: Any) -> str:
+    """Shape, dtype and device of a tensor, or what else the value is, for messages."""
+    if not isinstance(value, Tensor):
+        return f"{value!r:.80}"
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

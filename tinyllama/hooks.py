@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyllama.config import LlamaConfig
-from tinyllama.device import check_memory
+from tinyllama.device import check_memory, described
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.rope import RotaryEmbedding
@@ -196,11 +196,6 @@ def _require_fired(model: Llama, wanted: Iterable[str], fired: Mapping[str, obje
 
 
 def _require_alike(address: str, result: Any, value: Tensor) -> None:
-    def described(one: Any) -> str:
-        if not isinstance(one, Tensor):
-            return type(one).__name__
-        return f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')} on {one.device}"
-
     if described(result) != described(value):
         raise InputError(
             f"{address}: expected a replacement like the value, {described(value)}, got {described(result)}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyllama.attention import Attention, AttentionContext, Kernel, eager, sdpa
+from tinyllama.attention import Attention, AttentionContext, Kernel, check_result, eager, sdpa
+from tinyllama.device import described
 from tinyllama.errors import InputError
 
 Tapped = Callable[[Tensor], Tensor]
@@ -35,6 +38,26 @@ def kernel_name(kernel: Kernel) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in kernel.keywords.items())
         return f"{kernel_name(kernel.func)}({settings})"
     return getattr(kernel, "__name__", type(kernel).__name__)
+
+
+def kernel_code(kernel: Kernel) -> CodeType | None:
+    """The Python code of a function, a partial of one, or a module's `forward`; None if it has none."""
+    if isinstance(kernel, partial):
+        return kernel_code(kernel.func)
+    for function in (kernel, getattr(kernel, "forward", None), getattr(kernel, "__call__", None)):  # noqa: B004
+        if isinstance(code := getattr(function, "__code__", None), CodeType):
+            return code
+    return None
+
+
+def wrong_result(z: Any, q: Tensor, kernel: Kernel) -> InputError:
+    """What to say of a kernel that returned `z` for the queries `q`."""
+    code = kernel_code(kernel)
+    place = f"{code.co_filename}:{code.co_firstlineno}" if code else "attention"
+    return InputError(
+        f"{place}: the kernel {kernel_name(kernel):.80} must return a tensor like its queries, "
+        f"{described(q)}, but returned {described(z)}"
+    )
 
 
 def set_attention(
@@ -92,7 +115,9 @@ class ByHead(nn.Module):
         first = replace(context, scores=scores.first, pattern=pattern.first)
         second = replace(context, scores=scores.second, pattern=pattern.second)
         z_others = self.others(q, k, v, first)
+        check_result(z_others, q, self.others)
         z = self.kernel(q, k, v, second)
+        check_result(z, q, self.kernel)
         if torch.is_grad_enabled() and (scores.merged or pattern.merged):
             # From the very values that were given out: else they would have the gradient of some heads only.
             again = replace(context, scores=scores.again, pattern=pattern.again)

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -190,6 +191,29 @@ def test_if_writing_fails_the_old_file_stays_and_nothing_else(tmp_path, monkeypa
         replace_text(file, "new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_an_hour_later(tmp_path):
+    for name, age in ((".tinyllama-old", 2 * 3600), (".tinyllama-new", 60)):
+        left = tmp_path / name
+        left.mkdir()
+        (left / "file").write_text("half")
+        os.utime(left, (time.time() - age,) * 2)
+    replace_text(tmp_path / "page.html", "whole")
+    assert sorted(os.listdir(tmp_path)) == [".tinyllama-new", "page.html"]
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: cannot be written"):
+        replace_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_lone_surrogate_is_written_as_its_escape(tmp_path):
+    # The name of a kernel's file need not be UTF-8, and it is in the page.
+    replace_text(tmp_path / "page.html", "kernel \udcff.py")
+    assert (tmp_path / "page.html").read_text("utf-8") == r"kernel \udcff.py"
 
 
 @pytest.mark.parametrize("place", ["absent/page.html", "folder"])

@@ -1,8 +1,9 @@
 """Healing trains the changed layers and nothing else, and can be stopped and resumed at any step."""
 
+import json
 import os
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.shapes import some_ids, tiny_model
 from tinyllama.attention import sdpa
 from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
-from tinyllama.lab.healed import Settings, load_healed, save_healed
+from tinyllama.lab.healed import KEY, Settings, load_healed, save_healed
 from tinyllama.lab.healing import heal
 from tinyllama.lab.kernel_file import load_kernel
 from tinyllama.lab.perplexity import text_nll
@@ -154,6 +155,61 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_healed(path, healed(2))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["healed.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", [True]),
+        ("layers", "all"),
+        ("layers", [[[1]]]),
+        ("heads", 3),
+        ("kernel", None),
+        ("kernel", ["window"]),
+        ("batch", "4"),
+        ("length", 1e300),
+        ("lr", None),
+        ("seed", None),
+        ("text", 0),
+        ("unknown", 1),
+    ],
+)
+def test_settings_that_nobody_would_write_are_refused(tmp_path, name, value):
+    path = tmp_path / "h.safetensors"
+    record = {"settings": asdict(SETTINGS) | {name: value}, "losses": [1.0]}
+    save_file({"weights.x": torch.zeros(2)}, path, {KEY: json.dumps(record)})
+    with pytest.raises(InputError, match=r"expected a file that heal\.py wrote"):
+        load_healed(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "tensor"),
+    [
+        ("null", "weights.x"),
+        ("[" * 100_000, "weights.x"),
+        ('{"settings": {}, "losses": []}', "weights.x"),
+        ('{"settings": "window", "losses": []}', "weights.x"),
+        (json.dumps({"settings": asdict(SETTINGS), "losses": None}), "weights.x"),
+        (json.dumps({"settings": asdict(SETTINGS), "losses": ["x"]}), "weights.x"),
+        (json.dumps({"settings": asdict(SETTINGS), "losses": [1.0]}), "gradients.x"),
+    ],
+)
+def test_a_record_that_nobody_would_write_is_refused(tmp_path, record, tensor):
+    path = tmp_path / "h.safetensors"
+    save_file({tensor: torch.zeros(2)}, path, {KEY: record})
+    with pytest.raises(InputError, match=r"expected a file that heal\.py wrote"):
+        load_healed(path)
+
+
+def test_moments_that_do_not_fit_are_refused_before_a_step():
+    result = healed(1)
+    name = next(iter(result.weights))
+    for moments in (
+        {f"{name}.exp_avg": result.weights[name]},
+        {f"{name}.{one}": torch.zeros(1) for one in ("exp_avg", "exp_avg_sq")},
+    ):
+        with pytest.raises(InputError, match=name):
+            healed(2, start=replace(result, moments=moments))
 
 
 @pytest.mark.parametrize("kind", ["absent", "text", "other weights", "cut short"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinyllama.bench.peers import MODES
 from tinyllama.bench.results import PeerResult, Results
-from tinyllama.errors import InputError
+from tinyllama.checkpoints.files import replace_file
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 OURS, TRANSFORMERS, LLAMA_CPP = "#0072B2", "#D55E00", "#009E73"
@@ -34,10 +34,7 @@ def write_png(path: Path, found: Results) -> None:
             draw(panel, figure, found.peers)
         panels[0].invert_yaxis()  # the first peer at the top
         picture.suptitle(str(found.run), x=0.01, ha="left", fontsize=9)
-        try:
-            picture.savefig(path, format="png", facecolor="white")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+        replace_file(path, lambda partial: picture.savefig(partial, format="png", facecolor="white"))
 
 
 def draw(panel: Any, figure: str, peers: Sequence[PeerResult]) -> None:

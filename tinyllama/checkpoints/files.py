@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from safetensors import SafetensorError
 
 from tinyllama.errors import InputError
 from tinyllama.progress import note
@@ -20,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run any code
 
 UNFINISHED = ".unfinished-"  # before the name of a folder that is not complete yet
+PARTIAL = ".tinyllama-"  # begins the name of a folder with a file that is not complete yet
+GONE_SECONDS = 3600.0
 
 AGAIN = "download the checkpoint again"
 
@@ -103,6 +108,8 @@ def make_folder(folder: Path, fill: Callable[[Path], None], doing: str, *, keep:
                 shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
             try:
                 fill(unfinished)
+                for file in filter(Path.is_file, unfinished.rglob("*")):
+                    _sync(file)
                 unfinished.rename(folder)
             finally:
                 if not keep:
@@ -132,19 +139,42 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file by renaming a finished one over it, so that no failure damages the old file.
+    """Write a text file; see `replace_file`. A lone surrogate, as in a file's name, becomes its escape."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, and put it in the place of `path`: that is the old file or all of the new one.
+
+    What a killed process left in the folder an hour ago or earlier is removed.
 
     Raises:
         InputError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            partial.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise ValueError("there is something that is not a file")
+        _sweep(path.parent)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+            partial = Path(folder, "file")
+            write(partial)
+            _sync(partial)
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room there"
+            f"{path}: cannot be written ({reason}); give another place, or make room there"
         ) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the files of writers that are gone: a living one changes its file all the time."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.stat().st_mtime < time.time() - GONE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the file on the disk before it is renamed: after a power cut it would be empty otherwise."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

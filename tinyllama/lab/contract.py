@@ -8,11 +8,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from tinyllama.attention import Kernel
 from tinyllama.errors import InputError
-from tinyllama.kernels import kernel_name
+from tinyllama.kernels import kernel_code, kernel_name
 from tinyllama.lab.checks import CHECKS, SIZES, Check
 from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
 from tinyllama.lab.trial import Trial
@@ -119,8 +118,7 @@ def _first(trial: Trial, check: Check, sizes: Sequence[tuple[int, int]]) -> str 
 
 def _located(error: Exception, kernel: Kernel) -> str:
     """The error and where it happened: in the kernel's own file, rather than deep inside PyTorch."""
-    kernel = kernel.func if isinstance(kernel, partial) else kernel
-    code = getattr(getattr(kernel, "forward", kernel), "__code__", None)
+    code = kernel_code(kernel)
     frames = traceback.extract_tb(error.__traceback__)
     last = ([frame for frame in frames if code and frame.filename == code.co_filename] or frames)[-1]
     message = str(error).strip().split("\n")[0]

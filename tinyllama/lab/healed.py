@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tinyllama.checkpoints.files import one_line, replace_file
 from tinyllama.errors import InputError
 from tinyllama.lab.perplexity import Perplexity
 
@@ -88,38 +88,43 @@ def save_healed(path: Path, healed: Healed) -> None:
     record = {"settings": asdict(healed.settings), "losses": healed.losses}
     tensors = {f"weights.{name}": value for name, value in healed.weights.items()}
     tensors |= {f"moments.{name}": value for name, value in healed.moments.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            save_file(
-                {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {KEY: json.dumps(record)}
-            )
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: cannot be written ({error}); give another place, or make room there"
-        ) from error
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    replace_file(path, lambda partial: save_file(tensors, partial, {KEY: json.dumps(record)}))
 
 
 def load_healed(path: Path) -> Healed:
-    """Read what `save_healed` wrote.
+    """Read what `save_healed` wrote. The kernel that it names is not loaded.
 
     Raises:
         InputError: the file is missing, damaged or something else.
     """
     try:
+        if not path.is_file():
+            raise ValueError("no such file")
         with safe_open(path, framework="pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()[KEY])
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected a file that heal.py wrote ({error}); give another") from error
-    settings = record["settings"]
+            settings, losses = _settings(record["settings"]), tuple(map(float, record["losses"]))
+            parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+            for key in list(file.keys()):
+                part, _, name = key.partition(".")
+                parts[part][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: expected a file that heal.py wrote ({one_line(error)}); give another"
+        ) from error
+    return Healed(settings, losses, parts["weights"], parts["moments"])
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    """The settings in a file, which can be anything; raises KeyError, TypeError or ValueError then."""
     for places in ("layers", "heads"):
-        settings[places] = None if settings[places] is None else tuple(settings[places])
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
-    for key, value in tensors.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = value
-    return Healed(Settings(**settings), tuple(record["losses"]), parts["weights"], parts["moments"])
+        if values[places] is not None:
+            values[places] = tuple(values[places])
+            if not all(type(number) is int for number in values[places]):
+                raise ValueError(f"{places}: expected numbers")
+    settings = Settings(**values)
+    kinds = {"kernel": str, "text": str, "batch": int, "length": int, "lr": float, "seed": int}
+    for name, kind in kinds.items():
+        if type(getattr(settings, name)) is not kind:
+            raise ValueError(f"{name}: expected {kind.__name__}, got {getattr(settings, name)!r:.80}")
+    return settings

@@ -118,8 +118,13 @@ def _moments(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter]) -> 
 
 def _restore(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter], start: Healed) -> None:
     for name, parameter in weights.items():
-        if f"{name}.{MOMENTS[0]}" in start.moments:  # a parameter without a gradient has none
-            moments = {
-                moment: start.moments[f"{name}.{moment}"].to(parameter.data).clone() for moment in MOMENTS
-            }
+        saved = {moment: start.moments.get(f"{name}.{moment}") for moment in MOMENTS}
+        if any(value is not None for value in saved.values()):  # a parameter without a gradient has none
+            moments = {}
+            for moment, value in saved.items():
+                if value is None or value.shape != parameter.shape:
+                    raise InputError(
+                        f"{name}.{moment}: expected shape {list(parameter.shape)} to resume from"
+                    )
+                moments[moment] = value.to(parameter.data).clone()
             optimizer.state[parameter] = {"step": torch.tensor(float(len(start.losses))), **moments}
