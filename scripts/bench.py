@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllama.bench.peers import DEFAULT, DEFAULT_ON_GPU, NAMES, require
 from tinyllama.cli import options
 from tinyllama.cli.terminal import run
-from tinyllama.progress import note
+from tinyllama.progress import TableConsole, note
 
 if TYPE_CHECKING:
     from tinyllama.bench.results import Results
@@ -121,11 +121,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> Results:
 
 def show(results: Results) -> None:
     """Print the results as tables."""
-    from rich.console import Console
-
     from tinyllama.bench import table
 
-    console = Console(highlight=False)
+    console = TableConsole()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     table.show(console, results)

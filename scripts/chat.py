@@ -57,6 +57,8 @@ def main() -> int:
     conversation = Conversation(
         model, tokenizer, options.system_message(args.system), strict=args.strict_chat
     )
+    if sys.stdin is None:
+        raise InputError("stdin is closed; chat needs a terminal, or lines piped in")
     piped = terminal.piped()
     if not piped:
         note(f"a context of {conversation.context} tokens; /help lists the commands, Ctrl-D leaves")
@@ -158,7 +160,7 @@ def obey(conversation: Conversation, line: str) -> bool:
         others = [m for m in conversation.messages if m["role"] != "system"]
         conversation.messages = options.system_message(argument or None) + others
     elif command in ("/save", "/save!"):
-        if command == "/save" and path.exists():
+        if command == "/save" and os.path.exists(path):  # False for a name that no file can have
             raise InputError(f"{path}: exists already; /save! overwrites it")
         conversation.save(path)
         note(f"{len(conversation.messages)} messages are in {path}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import tinyllama
 from tinyllama.cli import options, terminal
-from tinyllama.progress import escape
+from tinyllama.progress import TableConsole, escape
 
 if TYPE_CHECKING:
     from tinyllama.bench.decoding import Decodings
@@ -76,11 +76,10 @@ def parse() -> argparse.Namespace:
 def show(found: Decodings) -> None:
     """Both tables and the verdicts, for a reader."""
     from rich.box import HORIZONTALS
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = TableConsole()
     chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items() if name != "seed")
     seed = f"sampled, seed {found.settings['seed']}"
     titles = {"greedy": "greedy", "no seed": "sampled, no seed", "seed": seed}

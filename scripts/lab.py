@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
 from tinyllama.cli.terminal import read_text, run
-from tinyllama.progress import note, progress_line
+from tinyllama.progress import TableConsole, note, progress_line
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer
@@ -46,7 +46,6 @@ def main() -> int:
     if args.list:
         show_variants()
         return 0
-    from rich.console import Console
 
     changes = read_changes(args)
     model, tokenizer = options.load(args)
@@ -56,7 +55,7 @@ def main() -> int:
     from tinyllama.lab.page import page
     from tinyllama.lab.scorecard import scorecard
 
-    console = Console(highlight=False)
+    console = TableConsole()
     if args.addresses:
         tables.show_addresses(console, model, args.tokens)
         return 0
@@ -82,15 +81,19 @@ def main() -> int:
 
 def read_changes(args: argparse.Namespace) -> list[Change]:
     """The kernels and where they go; a healed one goes where it was trained."""
+    from tinyllama import InputError
     from tinyllama.lab.change import Change
     from tinyllama.lab.healed import load_healed
-    from tinyllama.lab.kernel_file import load_kernel
+    from tinyllama.lab.kernel_file import load_kernel, trusted_kernel
 
     changes = [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
     for path in args.healed or []:
         healed = load_healed(path)
         settings, name = healed.settings, f"{healed.settings.kernel}, healed {len(healed.losses)} steps"
-        kernel = load_kernel(settings.kernel)
+        try:
+            kernel = trusted_kernel(settings.kernel, args.kernels)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         changes.append(Change(name, kernel, settings.layers, settings.heads, healed.weights))
     return changes
 
@@ -155,7 +158,7 @@ def parse() -> argparse.Namespace:
         action="append",
         type=Path,
         metavar="FILE",
-        help="also measure the layers that heal.py wrote",
+        help="also measure the layers that heal.py wrote; a kernel from a file must be named as well",
     )
     parser.add_argument(
         "--text",

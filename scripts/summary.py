@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
-from tinyllama.progress import escape
+from tinyllama.progress import TableConsole, escape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,9 +91,9 @@ def find_config(name: str | None) -> tuple[str, LlamaConfig]:
         folder = hub.on_disk(hub.DEFAULT_MODEL)
         if folder is None:
             return "TinyLlama-1.1B (built-in config)", LlamaConfig()
-    elif Path(name).expanduser().is_file():
-        return name, config_from_dict(read_json(Path(name).expanduser()), where=name)
-    elif not Path(name).expanduser().is_dir() and hub.is_repository(name) and not hub.on_disk(name):
+    elif os.path.isfile(path := os.path.expanduser(name)):
+        return name, config_from_dict(read_json(Path(path)), where=name)
+    elif not os.path.isdir(path) and hub.is_repository(name) and not hub.on_disk(name):
         return name, config_from_dict(read_json(download_config(name)), where=name)
     else:
         folder = hub.resolve(name)
@@ -144,9 +145,7 @@ def flops(config: LlamaConfig, keys: int) -> int:
 
 def show(summary: Summary, model: Llama) -> None:
     """The module tree and the figures, for a reader."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = TableConsole()
     print(f"{escape(summary.model)}\n\n{model}\n")
 
     fields = table("Config", "value")

@@ -14,13 +14,12 @@ import sys
 import warnings
 from dataclasses import asdict, astuple
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from tinyllama.checkpoints.hub import resolve
 from tinyllama.cli import options, terminal
-from tinyllama.progress import escape
+from tinyllama.progress import TableConsole, escape
 from tinyllama.text.routes import TakenApart, take_apart
 from tinyllama.text.tokenizer import Tokenizer
 
@@ -68,7 +67,7 @@ def print_table(found: TakenApart) -> None:
     for row in found.tokens:
         # Text objects: in a plain string, rich would read [brackets] as markup.
         table.add_row(*(Text(escape(str(value))) for value in astuple(row)), style=STYLES[row.origin])
-    console = Console(highlight=False)
+    console = TableConsole()
     console.print(table)
     for route in found.routes:
         console.print(Text(str(route), style="bold"))

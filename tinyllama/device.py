@@ -109,7 +109,7 @@ def _version(package: str) -> str | None:
 
 
 def described(value: Any) -> str:
-    """Shape, dtype and device of a tensor, or what else the value is, for messages."""
+    """Shape, dtype and device of a tensor, or the type of another value, for messages."""
     if not isinstance(value, Tensor):
-        return f"{value!r:.80}"
+        return type(value).__name__
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

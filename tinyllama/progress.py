@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -36,8 +36,21 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def note(line: str) -> None:
-    """Print a remark to stderr, so that piped output stays clean."""
-    print(escape(line), file=sys.stderr, flush=True)
+    """Print a remark to stderr, so that piped output stays clean; where stderr is closed, nowhere."""
+    if sys.stderr is not None:  # else print() would take stdout
+        with suppress(OSError):
+            print(escape(line), file=sys.stderr, flush=True)
+
+
+class TableConsole(Console):
+    """Where scripts print their tables: stdout."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `terminal.run`, as print() does; rich would exit with status 1."""
+        raise
 
 
 @contextmanager

@@ -8,10 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+from tests.checkpoints.test_storage import write
+from tinyllama.attention import sdpa
+from tinyllama.checkpoints.load import load_model
 from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS, kernel_name
 from tinyllama.lab import variants
-from tinyllama.lab.kernel_file import VARIANTS, load_kernel
+from tinyllama.lab.contract import check_attention
+from tinyllama.lab.kernel_file import VARIANTS, failure_in_a_kernel_file, load_kernel, trusted_kernel
 
 
 @pytest.fixture
@@ -66,10 +70,15 @@ def test_a_file_may_have_dataclasses_and_the_name_of_another_module(kernel_file)
         ("1 / 0", "attend", "ZeroDivisionError: division by zero; correct the file"),
         # Otherwise the script would end with status 0, as if all had passed.
         ("raise SystemExit(0)", "attend", "SystemExit: 0; correct the file"),
+        ("class Stop(BaseException): pass\n\nraise Stop('now')", "attend", "Stop: now; correct the file"),
+        ("def attend(): pass", "attend", "a kernel is called with .*attend()"),
+        ("def attend(q, k, v): pass", "attend", "a kernel is called with .*too many"),
+        ("def attend(q, k, v, context, size): pass", "attend", "a kernel is called with .*missing"),
+        ("class Attend:\n  def __call__(self, q, k, v, context): pass", "Attend", "Attend is a class"),
     ],
 )
 def test_a_file_without_the_kernel_is_refused(kernel_file, content, name, expected):
-    with pytest.raises(InputError, match=f"mine.py: {expected}"):
+    with pytest.raises(InputError, match=rf"mine.py(:\d)?: {expected}"):
         load_kernel(f"{kernel_file(content)}:{name}")
 
 
@@ -131,6 +140,64 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(kernel_file
 
 
 @pytest.mark.parametrize(
+    "settings", ["size='a'", "size=2.5", "size=True", "size=None", f"size={10**30}", f"size={'9' * 4000}"]
+)
+def test_a_setting_that_is_no_number_is_refused_where_the_kernel_says_that_it_is_one(settings):
+    with pytest.raises(InputError, match="window:size") as error:
+        load_kernel(f"window:{settings}")
+    assert len(str(error.value)) < 500
+
+
+def test_a_negative_number_of_first_tokens_is_refused():
+    with pytest.raises(InputError, match="sinks: first"):
+        check_attention(load_kernel("sinks:first=-5"))
+
+
+FAILING = """
+import torch
+def none(q, k, v, context): pass
+def short(q, k, v, context): return q[:, :3]
+def whole(q, k, v, context): return q.int()
+def wide(q, k, v, context): return torch.cat([q, q], 1)
+"""
+
+
+@pytest.mark.parametrize("weights", ["exact", "stored"])
+@pytest.mark.parametrize("name", ["none", "short", "whole", "wide"])
+def test_a_result_that_is_not_like_the_queries_is_refused_by_the_name_of_the_kernel(
+    kernel_file, no_grad, tmp_path, name, weights
+):
+    model = load_model(write(tmp_path), device="cpu", dtype="float32", weights=weights)
+    file = kernel_file(FAILING)
+    kernel = load_kernel(f"{file}:{name}")
+    for heads in (None, [0]):
+        model.set_attention(sdpa)
+        model.set_attention(kernel, heads=heads)
+        with pytest.raises(InputError, match=rf"mine.py:\d: the kernel {name} must return"):
+            model(torch.tensor([[1, 2, 3]]))
+
+
+def test_an_error_in_a_file_is_said_with_its_line_and_others_are_not(kernel_file):
+    kernel = load_kernel(f"{kernel_file('def f(q, k, v, context):' + chr(10) + '    return q @ k')}:f")
+    with pytest.raises(RuntimeError) as error:
+        kernel(torch.zeros(2, 3), torch.zeros(2, 3), None, None)
+    assert "mine.py:2: RuntimeError: " in str(failure_in_a_kernel_file(error.value))
+    with pytest.raises(ValueError, match="x") as error:
+        int("x")
+    assert failure_in_a_kernel_file(error.value) is None
+
+
+def test_a_kernel_that_weights_name_is_code_only_if_the_user_named_it(kernel_file, tmp_path):
+    file = kernel_file("(__import__('pathlib').Path(__file__).parent / 'ran').touch()\n" + SETTABLE)
+    with pytest.raises(InputError, match="name it on the command line"):
+        trusted_kernel(f"{file}:f:size=3", ["window", f"{file}:f", f"{file}:plain"])
+    assert not (tmp_path / "ran").exists()
+    assert trusted_kernel("window:size=4", []).keywords == {"size": 4}
+    # Moved since then.
+    assert called(trusted_kernel("elsewhere/mine.py:f:size=3", [f"{file}:f:size=3"]))[0] == 3
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         "3,size=3",
@@ -146,13 +213,17 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(kernel_file
         "size=3)+f(cap=1",
         "size={[]: 1}",
         "size=3,size=4",
+        f"size={'(' * 5000}",
+        "size='\\0'\0",
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(kernel_file, settings):
     spec = f"{kernel_file(SETTABLE)}:f:{settings}"
     with pytest.raises(InputError) as error:
         load_kernel(spec)
-    assert str(error.value) == f"{spec}: expected settings as name=value,name=value, got '{settings}'"
+    assert str(error.value) == (
+        f"{spec:.200}: expected settings as name=value,name=value, got {settings!r:.80}"
+    )
 
 
 def test_a_kernel_without_settings_says_so(kernel_file):

@@ -217,7 +217,7 @@ def test_the_user_s_text_is_what_is_compared_and_stdin_serves_both_models(parity
         (("no-such-model", "--html", "absent/page.html"), "make the folder first"),
         (("tinyllama-shape", "--device", "nonsense"), "nonsense"),
         (("tinyllama-shape", "--text", "text.txt"), "no tokenizer"),
-        (("no-such-model", "--attention", "raises.py:f"), r"two\nlines; correct"),
+        (("no-such-model", "--attention", "raises.py:f"), "raises.py:1: ValueError: two; correct"),
         (("no-such-model", "--attention", "absent.py:f"), "absent.py: no such file"),
         (("no-such-model", "--attention", "my.py:absent"), "expected a function 'absent'"),
         (("no-such-model", "--attention", "flash"), "expected eager, sdpa, window"),

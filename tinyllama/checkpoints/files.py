@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The start of the error's first line, or its class if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 

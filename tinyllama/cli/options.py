@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -145,8 +147,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None) -> None:
     """Exit with status 2 unless a file can be put there, before anything is computed for it."""
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+    if path is None:
+        return
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # finds a name that no file can have
+    except (OSError, ValueError) as error:
+        parser.error(f"{option} {path!s:.80}: {getattr(error, 'strerror', error)}; give another place")
+    folder = path.absolute().parent
+    if not folder.is_dir() or (path.exists() and not path.is_file()):
         parser.error(f"{option} {path}: expected a file in a folder that exists; make the folder first")
+    if not os.access(folder, os.W_OK):
+        parser.error(f"{option} {path}: nothing can be written in {folder}; give another place")
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -9,30 +9,52 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyllama.errors import InputError
-from tinyllama.progress import escape
+from tinyllama.progress import escape, note
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 2 on bad input (one line, no traceback), 130 on Ctrl-C.
 
-    A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`.
+    A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`. What
+    the system refuses (a full disk behind stdout) is bad input, and so is an error in a user's kernel.
     """
-    if sys.stdout is not None:
-        # A terminal that cannot show a character gets its escape, not a traceback.
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is None:
+        refuse("stdout is closed; send it to a file or to /dev/null")
+        sys.exit(2)
+    # A terminal that cannot show a character gets its escape, not a traceback.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {escape(str(error))}", file=sys.stderr)
+        refuse(str(error))
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        where = "stdout" if error.filename is None else f"{error.filename!s:.200}"
+        refuse(f"{where}: cannot be used ({error.strerror or error})")
+        status = 2
+    except Exception as error:
+        kernels = sys.modules.get("tinyllama.lab.kernel_file")  # absent where no kernel was loaded
+        failure = kernels.failure_in_a_kernel_file(error) if kernels else None
+        if failure is None:
+            raise
+        refuse(f"{failure}; correct the kernel")
+        status = 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more at exit, which would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def refuse(problem: str) -> None:
+    """Print the one line of bad input to stderr."""
+    note(f"error: {problem}")
 
 
 def write(text: str) -> None:
@@ -57,6 +79,8 @@ def read_text(path: str | None) -> str:
     """
     stdin = path is None or path == "-"
     where = "stdin" if stdin else path
+    if stdin and sys.stdin is None:
+        raise InputError("stdin is closed; pipe a text in, or name a file")
     try:
         data = sys.stdin.buffer.read() if stdin else Path(str(path)).read_bytes()
         return data.decode("utf-8")
@@ -66,3 +90,5 @@ def read_text(path: str | None) -> str:
         raise InputError(
             f"{where}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the text"
         ) from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{where}: no file can have this name ({error})") from error

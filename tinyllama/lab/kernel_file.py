@@ -8,7 +8,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from tinyllama.attention import Kernel
+from tinyllama.checkpoints.files import one_line
 from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS
 from tinyllama.lab import restatements, variants
@@ -29,6 +31,9 @@ VARIANTS: dict[str, Kernel] = {
     for name in names.split()
 }
 BUILT_IN = KERNELS | VARIANTS
+# Settings that a kernel annotates as numbers have to be some; other settings it checks itself.
+NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
+MODULE = "kernel_file_"  # begins the name of the module that a user's file becomes
 
 
 def load_kernel(spec: str) -> Kernel:
@@ -39,25 +44,57 @@ def load_kernel(spec: str) -> Kernel:
     Raises:
         InputError: there is no such kernel or setting, or the file fails.
     """
+    file, name, settings = _parts(spec)
+    kernel = _from_file(Path(file), name) if file is not None else _built_in(name)
+    return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
+
+
+def trusted_kernel(spec: str, named: Iterable[str]) -> Kernel:
+    """The kernel of a name that stands in a file of weights: built in, or one of those that the user named.
+
+    Raises:
+        InputError: it is in a Python file that the user did not name, so its code must not run; or as above.
+    """
+    file, _, _ = _parts(spec)
+    same = [one for one in named if Path(one).name == Path(spec).name]  # the folder may be another today
+    if file is not None and not same:
+        raise InputError(
+            f"the kernel {spec!r:.200} is code in a file, which weights must not choose; if you trust it, "
+            "name it on the command line too"
+        )
+    return load_kernel(same[0] if same else spec)
+
+
+def failure_in_a_kernel_file(error: BaseException) -> InputError | None:
+    """What to say of an error that a user's kernel raised: the file, its line, the error. None for others."""
+    lines = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(MODULE)
+    ]
+    return InputError(f"{lines[-1]}: {type(error).__name__}: {one_line(error)}") if lines else None
+
+
+def _parts(spec: str) -> tuple[str | None, str, str]:
+    """The file (None for a built-in kernel), the name and the settings."""
     place, settings = spec, ""
     if found := re.search(r":(?=[A-Za-z_]\w*\s*=|[^:]*=)", spec):
         place, settings = spec[: found.start()], spec[found.end() :]
     file, colon, name = place.rpartition(":")
-    kernel = _from_file(Path(file), name) if colon else _built_in(name)
-    return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
+    return file if colon else None, name, settings
 
 
 def _built_in(name: str) -> Kernel:
     if name not in BUILT_IN:
-        raise InputError(f"attention: expected {', '.join(BUILT_IN)} or file.py:function, got {name!r}")
+        raise InputError(f"attention: expected {', '.join(BUILT_IN)} or file.py:function, got {name!r:.80}")
     return BUILT_IN[name]
 
 
 def _from_file(path: Path, name: str) -> Kernel:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a kernel as file.py:function")
+    if not os.path.isfile(path):  # which is False for a name that is too long, too
+        raise InputError(f"{path!s:.200}: no such file; expected a kernel as file.py:function")
     # A name of its own: a file called random.py must not replace that module.
-    source = importlib.util.spec_from_file_location(f"kernel_file_{path.stem}", path)
+    source = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
     if source is None or source.loader is None:
         raise InputError(f"{path}: expected a Python file, by the name of file.py")
     module = importlib.util.module_from_spec(source)
@@ -65,12 +102,34 @@ def _from_file(path: Path, name: str) -> Kernel:
     try:
         with _importable(path.resolve().parent):
             source.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit would end the script as if all had gone well
+        failure = failure_in_a_kernel_file(error) or f"{path}: {type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{failure}; correct the file") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"{path}: expected a function {name!r}, found {', '.join(_named(module)) or 'none'}")
+        raise InputError(
+            f"{path}: expected a function {name!r:.80}, found {', '.join(_named(module)) or 'none'}"
+        )
+    _check_arguments(path, name, function)
     return function
+
+
+def _check_arguments(path: Path, name: str, function: Kernel) -> None:
+    """Raise InputError unless it can be called with queries, keys, values and a context."""
+    if isinstance(function, type):
+        raise InputError(f"{path}: {name} is a class, expected a kernel; make one: kernel = {name}()")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function that is not written in Python
+        return
+    try:
+        signature.bind("q", "k", "v", "context")
+    except TypeError as error:
+        raise InputError(
+            f"{path}: a kernel is called with (q, k, v, context), but {name}{signature} cannot be: {error}"
+        ) from error
 
 
 @contextmanager
@@ -101,10 +160,18 @@ def _values(spec: str, kernel: Kernel, settings: str) -> dict[str, Any]:
         values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
         if len(values) < len(call.keywords) or "None" in values:
             raise ValueError("a setting comes twice, or has no name")
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise InputError(f"{spec}: expected settings as name=value,name=value, got {settings!r}") from error
-    known = list(inspect.signature(kernel).parameters)[4:]  # after q, k, v and context
-    wrong = [name for name in values if name not in known]
-    if wrong:
-        raise InputError(f"{spec}: expected settings {', '.join(known) or 'of none'}, got {wrong[0]!r}")
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{spec:.200}: expected settings as name=value,name=value, got {settings!r:.80}"
+        ) from error
+    known = dict(list(inspect.signature(kernel).parameters.items())[4:])  # after q, k, v and context
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(
+                f"{spec:.200}: expected settings {', '.join(known) or 'of none'}, got {name!r:.80}"
+            )
+        kind = known[name].annotation
+        kind = getattr(kind, "__name__", kind)
+        if kind in NUMBERS and not (type(value) in NUMBERS[kind] and abs(value) < 2**63):
+            raise InputError(f"{spec:.200}: {name}: expected {kind}, got {value!r:.80}")
     return values

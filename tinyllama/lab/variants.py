@@ -36,6 +36,7 @@ def sinks(
     Xiao et al. 2023 (StreamingLLM, arXiv:2309.17453), section 3.2. Positions are those of the text; the
     paper's are those within its rolling cache.
     """
+    _require(first >= 0, "sinks: first", "0 or more", first)
     _require(size >= 1, "sinks: size", "1 or more", size)
     start = context.mask.key_positions[:, None, None, :] < first
     return sdpa(q, k, v, context.where(start | (_distance(context) < size)))

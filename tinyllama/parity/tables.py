@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,14 +11,14 @@ from tinyllama.parity.continuations import Continuations
 from tinyllama.parity.gradients import Gradients
 from tinyllama.parity.mutations import Trial
 from tinyllama.parity.report import Case, Report
-from tinyllama.progress import escape
+from tinyllama.progress import TableConsole, escape
 
 BITS = {None: "", True: "same", False: "differ"}
 
 
 def show(report: Report) -> None:
     """Print every result, the verdict last."""
-    console = Console(highlight=False)
+    console = TableConsole()
     tables = [case_table(case) for case in report.cases]
     tables += [continuations_table(report.continuations)] if report.continuations else []
     tables += [gradients_table(report.gradients)] if report.gradients else []

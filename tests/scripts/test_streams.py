@@ -1,0 +1,103 @@
+"""What scripts do when stdin, stdout or stderr is closed or full: one line, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.test_scripts import PATIENCE, assert_refused, command, run_script, tiny
+from tinyllama.cli import terminal
+
+__all__ = ["run_script", "tiny"]  # fixtures
+
+KERNELS = """
+def wrong(q, k, v, context):
+    return q @ k
+
+def none(q, k, v, context):
+    pass
+"""
+
+
+def in_shell(line: list[str], redirection: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command under a redirection of the shell."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *line], capture_output=True, text=True, timeout=PATIENCE
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line_and_status_2(tiny: Path):
+    for script in ("tokens", "generate"):  # rich prints, and print() does
+        line = command(
+            script, "--model", tiny, "the cat", *["--max-new-tokens", "1"][: 2 * (script == "generate")]
+        )
+        assert_refused(in_shell(line, ">/dev/full"), "stdout")
+
+
+def test_closed_streams_are_one_line_or_do_not_matter(tiny: Path):
+    line = command("tokens", "--model", tiny, "the cat")
+    assert_refused(in_shell(line, ">&-"), "stdout is closed")
+    assert_refused(in_shell(line[:-1], "<&-"), "no prompt")
+    assert_refused(in_shell([*line[:-1], "--file", "-"], "<&-"), "stdin is closed")
+    status, out, err = in_shell(line, "2>&-")
+    assert (status, err) == (0, "")
+    assert "cat" in out
+
+
+def test_a_reader_that_leaves_ends_a_table_as_it_ends_cat(tiny: Path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        done = subprocess.run(
+            command("tokens", "--model", tiny, "the cat"),
+            stdout=broken,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("name", ["tokens", "generate"])
+def test_a_name_that_no_file_can_have_is_refused(run_script, tiny: Path, name: str):
+    for model in ("x" * 300, "~nobody/model", "a\0b"):
+        assert_refused(run_script(name, "the cat", "--model", model), model[:1])
+    for file in ("x" * 300, "a\0b"):
+        assert_refused(run_script(name, "--file", file, "--model", tiny), file[:1])
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "absent/page.html", "/dev/null"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(run_script, place: str):
+    status, out, err = run_script("lab", "window", "--model", "smollm2", "--html", place)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--html" in err
+
+
+@pytest.mark.parametrize("line", [f"/save {'x' * 300}", "/save ~nobody/f", "/load a\0b", "/save a\0b"])
+def test_a_chat_refuses_such_a_name_too(run_script, tiny: Path, line: str, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_script("chat", "--model", tiny, stdin=line.encode())
+    assert (status, err.count("\n")) == (2, 1)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("wrong", "mine.py:3: RuntimeError"), ("none", "mine.py:5: ")]
+)
+def test_what_a_kernel_does_wrong_is_said_with_its_line(
+    run_script, tiny: Path, tmp_path: Path, name, expected
+):
+    file = tmp_path / "mine.py"
+    file.write_text(KERNELS)
+    status, _, err = run_script("generate", "--model", tiny, "the cat", "--attention", f"{file}:{name}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert expected in err
+
+
+def test_other_errors_of_the_program_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        terminal.run(lambda: 1 // 0)
