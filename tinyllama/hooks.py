@@ -55,7 +55,7 @@ Replacement = Tensor | Callable[[Tensor], Tensor]
 def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
     """Collect the values at addresses while the block runs; the hooks are gone after it, whatever happens.
 
-    Yields a dictionary from address to value in the order of the computation, filled by each pass anew: copy
+    Yields a dictionary from address to value in the order of the computation, filled again by each pass: copy
     what a later pass must not replace. Values are what the model computed, not copies; where gradients are
     recorded they belong to the graph.
 

@@ -119,7 +119,7 @@ class ByHead(nn.Module):
         z = self.kernel(q, k, v, second)
         check_result(z, q, self.kernel)
         if torch.is_grad_enabled() and (scores.merged or pattern.merged):
-            # From the very values that were given out: else they would have the gradient of some heads only.
+            # From the values that the taps returned: else these would have the gradient of some heads only.
             again = replace(context, scores=scores.again, pattern=pattern.again)
             z_others = self.others(q, k, v, again)
         return torch.where(chosen, z, z_others)

@@ -170,7 +170,7 @@ def verdict(error: Exception) -> tuple[type[RefusedError], str]:
 def within(seconds: float, task: Callable[[], Answer]) -> Answer:
     """The task's result, or NoAnswerError after that many seconds.
 
-    A thread, because the client's time-out starts anew with each address and each read, and does not cover
+    A thread, because the client's time-out restarts with each address and each read, and does not cover
     name resolution; a daemon, so that a hanging one does not keep the program from ending.
     """
     future: Future[Answer] = Future()

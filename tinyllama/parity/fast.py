@@ -178,7 +178,7 @@ def dequantised_reference_run(model: Llama, layers: Layers, attention: str) -> R
 
 
 class _Plain(nn.Module):
-    """PyTorch's own product with the dequantised matrix, made anew each time."""
+    """PyTorch's own product with the dequantised matrix, which is computed each time."""
 
     def __init__(self, layer: Int8Linear) -> None:
         super().__init__()
