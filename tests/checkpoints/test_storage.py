@@ -17,7 +17,7 @@ from tinyllama.checkpoints.files import SINGLE
 from tinyllama.checkpoints.load import load_model
 from tinyllama.checkpoints.storage import KINDS
 from tinyllama.errors import InputError
-from tinyllama.fast import build
+from tinyllama.fast import compiler
 from tinyllama.fast.linear import FastLinear, Int8Linear, widened
 from tinyllama.generation import generate
 from tinyllama.hooks import capture
@@ -157,7 +157,7 @@ def test_values_can_be_captured_and_are_those_of_exact_weights(tmp_path: Path):
 def test_stored_is_exact_where_speed_cannot_be_had(tmp_path: Path, monkeypatch):
     folder = write(tmp_path)
     assert type(load(folder, "stored", "float64").lm_head) is type(load(folder, "exact").lm_head)
-    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.setattr(compiler, "COMPILERS", ())
     model = load(folder, "stored")
     assert torch.equal(model(IDS), load(folder, "exact")(IDS))
     assert isinstance(load(folder, "int8").lm_head, Int8Linear)  # that is about memory, too

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tinyllama.device import CPUINFO
-from tinyllama.fast import build
+from tinyllama.fast import compiler, libraries
 
 
 def has_compiler() -> bool:
     """Whether there is a C compiler."""
     try:
-        build.compiler()
-    except build.BuildError:
+        compiler.compiler()
+    except libraries.BuildError:
         return False
     return True
 

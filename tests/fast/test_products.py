@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.fast.compiled import FLAGS, compiled, needs
-from tinyllama.fast import build, linear, native, norm
+from tinyllama.fast import build, compiler, linear, native, norm
 from tinyllama.fast.linear import FastLinear, Int8Linear, SplitLinear, quantise, widened
 from tinyllama.model import RMSNorm
 
@@ -220,9 +220,9 @@ def test_many_bfloat16_vectors_go_to_pytorch_only_where_it_is_faster(faster: boo
 def test_what_a_processor_multiplies_is_read_from_its_flags(
     flags: str | None, faster: bool, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(compiler, "CPUINFO", tmp_path / "cpuinfo")
     if flags is not None:
-        build.CPUINFO.write_text(flags + "\nmodel name : bf16 avx512_bf16\n")
+        compiler.CPUINFO.write_text(flags + "\nmodel name : bf16 avx512_bf16\n")
     assert native.pytorch_is_faster.__wrapped__(torch.bfloat16) == faster
     assert not native.pytorch_is_faster.__wrapped__(torch.float32)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinyllama.fast.claims import Claim
 
 try:
-    from tinyllama.fast import build, graph, linear, native, norm, threads
+    from tinyllama.fast import build, compiler, graph, libraries, linear, native, norm, threads
 
     HAS_FAST = True
 except ModuleNotFoundError as error:
@@ -109,7 +109,7 @@ def start(claims: list[Claim]) -> None:
     try:
         for one in builds:
             one.start()
-    except build.BuildError:
+    except libraries.BuildError:
         return  # the claims will say it
     if not all(one.code for one in builds):
         note("compiling matrix products and norms for this processor; it is done once")
@@ -167,8 +167,8 @@ def _has_compiler() -> bool:
         note("weights stay exact: the folder tinyllama/fast is missing")
         return False
     try:
-        build.compiler()
-    except build.BuildError as error:
+        compiler.compiler()
+    except libraries.BuildError as error:
         note(f"weights stay exact, at half the speed or less: {error}")
         return False
     return True

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllama.fast.build import Build, BuildError
+from tinyllama.fast.build import Build
+from tinyllama.fast.libraries import BuildError
 
 # The largest relative RMS difference, for each dtype of the activations: parity-method's limits for a whole
 # model, far above what a right operation differs by.
@@ -49,14 +50,14 @@ class Claim:
             if self.build is not None and not self.build.ready(wait):
                 self._tell("the C compiler is not done yet")
                 return False
+            for arguments in self.trials():
+                expected, got = self.python(*arguments), self.compiled(*arguments)
+                if not _agree(got, expected):
+                    self._tell("the compiled code differs")
+                    return False
         except BuildError as error:
             self._tell(str(error))
             return False
-        for arguments in self.trials():
-            expected, got = self.python(*arguments), self.compiled(*arguments)
-            if not _agree(got, expected):
-                self._tell("the compiled code differs")
-                return False
         self.holds = True
         self._told = ""
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.fast import build
+from tinyllama.fast import build, compiler
 from tinyllama.fast.build import GROUP
 
 # What weights and activations can be.
@@ -35,7 +35,9 @@ ARGUMENTS: dict[str, list[type[Any]]] = {
 @cache
 def pytorch_is_faster(dtype: torch.dtype) -> bool:
     """Whether PyTorch multiplies many vectors of that dtype faster here than matmul.c does."""
-    return dtype == torch.bfloat16 and bool(BFLOAT16_MATRICES.intersection(build.processor_flags().split()))
+    return dtype == torch.bfloat16 and bool(
+        BFLOAT16_MATRICES.intersection(compiler.processor_flags().split())
+    )
 
 
 def linear(weight: Tensor, scales: Tensor | None, x: Tensor, *, plain: bool = False) -> Tensor:
@@ -144,8 +146,7 @@ def _call(library: build.Build, name: str) -> Callable[..., int]:
     """The C function of that name; the library is ready."""
     function = library.functions.get(name)
     if function is None:
-        assert library.code is not None, "used before it was built"
-        function = library.functions[name] = library.code[name]
+        function = library.functions[name] = library.function(name)
         function.argtypes = ARGUMENTS[name]
         function.restype = _LONG if name == "packed_size" else None
     return function

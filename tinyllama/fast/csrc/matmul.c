@@ -11,7 +11,11 @@
 
 #include "weights.h"
 
+#ifdef _OPENMP
 int omp_get_num_threads(void); /* as in omp.h, which not every compiler comes with */
+#else
+INLINE int omp_get_num_threads(void) { return 1; }
+#endif
 
 enum {
     ROWS = 64,                       /* rows of W in a block */
@@ -62,8 +66,9 @@ INLINE void unpack(const float *sums, value *y, long rows, long n, long left) {
 static void multiply(const stored *w, const uint16_t *scales, const float *packed, value *y, long high, long rows,
                      long cols, long n) {
     const long every = LINE * SHARES / (WORD * sizeof *w);
-    _Alignas(LINE) float block[ROWS * (DEPTH + APART)];
-    _Alignas(LINE) float sums[VECTORS * ROWS]; /* a panel each; one is enough where a block has the whole depth */
+    /* Not on the stack, which is as small as 128 kB for a thread of some systems. */
+    static _Thread_local _Alignas(LINE) float block[ROWS * (DEPTH + APART)];
+    static _Thread_local _Alignas(LINE) float sums[VECTORS * ROWS]; /* a panel each; one where a block is deep */
     long length = cols / WORD, panels = length > DEPTH;
     for (long c = 0; c < length; c += DEPTH) {
         long depth = length - c < DEPTH ? length - c : DEPTH, done = c + depth == length;

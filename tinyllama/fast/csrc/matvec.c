@@ -10,7 +10,9 @@
  * Compiled once for each dtype of W and each dtype of x and y; see build.py.
  */
 
+#ifndef __clang__
 #pragma GCC optimize("schedule-insns") /* without it GCC 12 loads a value again at every use, registers or not */
+#endif
 
 #include "weights.h"
 

@@ -52,6 +52,12 @@ INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
 
 /* Swap the rows and the columns of LANES vectors. */
 INLINE void transpose(floats *rows) {
+#ifdef __clang__ /* shuffles by constants alone */
+    float swapped[LANES][LANES];
+    UNROLL for (int r = 0; r < LANES; r++)
+        UNROLL for (int l = 0; l < LANES; l++) swapped[l][r] = rows[r][l];
+    memcpy(rows, swapped, sizeof swapped);
+#else
     UNROLL for (int half = 1; half < LANES; half *= 2) /* of squares: their off-diagonal quarters change places */
         UNROLL for (int r = 0; r < LANES; r++)
             if (!(r & half)) {
@@ -64,4 +70,5 @@ INLINE void transpose(floats *rows) {
                 rows[r] = __builtin_shuffle(upper, lower, even);
                 rows[r + half] = __builtin_shuffle(upper, lower, odd);
             }
+#endif
 }

@@ -50,6 +50,8 @@ INLINE float widen(stored w) { /* one weight */
     float v;
     memcpy(&v, &bits, sizeof v);
     return v;
+#elif defined(FLOAT16) && defined(__F16C__) /* where clang has no _Float16 */
+    return _cvtsh_ss(w);
 #elif defined(FLOAT16)
     _Float16 v;
     memcpy(&v, &w, sizeof v);
