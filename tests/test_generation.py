@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from tests.shapes import some_ids, tiny_model
+from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.errors import InputError
 from tinyllama.generation import generate, prefill, stream
 from tinyllama.parity.continuations import SETTINGS, reference_ids
 from tinyllama.parity.reference import reference_model
 from tinyllama.sampler import NonFiniteLogitsError, Sampler
 from tinyllama.text.reply import TextReply
+from tinyllama.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [some_ids(1, length, seed=length)[0].tolist() for length in (7, 1, 19, 12)]
@@ -264,6 +266,19 @@ def test_text_comes_as_soon_as_it_cannot_start_a_stop_string():
     reply = reply_to("xsty", ["sto"])
     assert next(reply) == "x"
     assert next(reply) == "sty"
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_no_text_and_ends_nothing(tmp_path):
+    tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path))
+    model = tiny_model(vocab_size=tokenizer.vocab_size + 8)
+    ids = tokenizer.encode("the cat")
+    with torch.no_grad():
+        model.lm_head.weight[: tokenizer.vocab_size] = 0
+        model.lm_head.weight[tokenizer.vocab_size :] *= 100
+    reply = TextReply(stream(model, ids, max_new_tokens=5), tokenizer, ids)
+    assert "".join(reply) == ""
+    assert (len(reply.ids), reply.reason) == (5, "length")
+    assert reply.wordless == reply.ids
 
 
 def test_an_empty_stop_string_is_refused():

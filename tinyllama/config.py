@@ -102,12 +102,12 @@ def _check_types(values: LlamaConfig | RopeScaling, prefix: str = "") -> None:
         if field.type == "int":  # annotations are strings here, by the first import
             positive_integer(name, value)
         # Python's integers may exceed every float.
-        elif field.type == "float" and (
-            type(value) not in (int, float) or not 0 < value <= sys.float_info.max
-        ):
-            raise InputError(
-                f"{name}: expected a positive finite number, got {value!r:.80}; correct the file"
-            )
+        elif field.type == "float":
+            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+                raise InputError(
+                    f"{name}: expected a positive finite number, got {value!r:.80}; correct the file"
+                )
+            object.__setattr__(values, field.name, float(value))  # PyTorch's integers end at 2^63
         elif field.type == "bool" and not isinstance(value, bool):
             raise InputError(f"{name}: expected true or false, got {value!r}; correct the file")
 

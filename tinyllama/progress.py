@@ -57,8 +57,8 @@ class TableConsole(Console):
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` bytes; yields `advance(bytes)`. Silent if stderr is not a terminal."""
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with _progress(TextColumn("{task.description}"), *columns) as progress:
-        task = progress.add_task(title, total=total)
+    with _progress(TextColumn("{task.description}", markup=False), *columns) as progress:
+        task = progress.add_task(escape(title), total=total)
         yield lambda size: progress.update(task, advance=size)
 
 
@@ -88,7 +88,7 @@ def step_progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     If stderr is not a terminal, a line is printed after every tenth of the steps.
     """
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with _progress(TextColumn("{task.description}"), *columns) as progress:
+    with _progress(TextColumn("{task.description}", markup=False), *columns) as progress:
         task = progress.add_task("", total=total, completed=done)
         count = done
 

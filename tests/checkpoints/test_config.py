@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
-from tests.shapes import LLAMA3_SCALING, TINY
+from tests.shapes import LLAMA3_SCALING, TINY, tiny_model
 from tinyllama.checkpoints.config_file import config_from_dict, read_config
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.errors import InputError
@@ -308,3 +309,15 @@ def test_a_wrong_eos_id_is_blamed_on_the_file_it_is_in(tmp_path: Path):
     folder_with(tmp_path, config=TINY, generation_config={"eos_token_id": "</s>"})
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: .*'</s>'"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"rope_theta": 2**64 + 1},
+        {"rms_norm_eps": 2**64 + 1},
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3_SCALING, "factor": 2**64 + 1}},
+    ],
+)
+def test_a_number_may_be_an_integer_that_pytorch_does_not_have(field: dict[str, Any], no_grad):
+    assert tiny_model(**field)(torch.tensor([[1, 2, 3]])).isfinite().all()

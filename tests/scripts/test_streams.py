@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import rich.console
 
 from tests.scripts.test_scripts import PATIENCE, assert_refused, command, run_script, tiny
+from tinyllama import progress
 from tinyllama.cli import terminal
 
 __all__ = ["run_script", "tiny"]  # fixtures
@@ -101,3 +104,14 @@ def test_what_a_kernel_does_wrong_is_said_with_its_line(
 def test_other_errors_of_the_program_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         terminal.run(lambda: 1 // 0)
+
+
+def test_the_name_of_a_folder_reaches_a_terminal_escaped(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda **_: rich.console.Console(file=screen, force_terminal=True)
+    )
+    hostile = "[bold]a[/bold]\x1b]0;title\x07"
+    with progress.byte_progress(hostile, 10) as advance:
+        advance(10)
+    assert r"[bold]a[/bold]\x1b]0;title\x07" in screen.getvalue()

@@ -1,7 +1,9 @@
 """Chat prompts: transformers' ids for ordinary messages, and no special token for what a user types."""
 
 import copy
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.errors import InputError
+from tinyllama.text import template
 from tinyllama.text.chat import render_chat
 from tinyllama.text.messages import RoleMarkerWarning
 from tinyllama.text.special_tokens import SpecialTokens
@@ -26,8 +29,8 @@ def user(*contents):
     return [{"role": "user", "content": content} for content in contents]
 
 
-def segments(template, messages, **options):
-    return render_chat(template, messages, SPECIAL, NAMES, **options)
+def segments(source, messages, **options):
+    return render_chat(source, messages, SPECIAL, NAMES, **options)
 
 
 def joined(template, messages):
@@ -274,6 +277,63 @@ def test_a_template_that_fails_or_reaches_out_is_an_error(template, problem):
         segments(template, messages)
     assert messages == before
     assert "\n" not in str(caught.value)
+
+
+BOMBS = {
+    "text": "{{ 'a' * (6*10**9) }}",
+    "list": "{{ [0] * 10**10 }}",
+    "format": "{{ '%1000000000d' | format(1) }}",
+    "center": "{{ 'a' | center(10**10) }}",
+    "indent": "{{ ('a\\n' * 10**6) | indent(10**5) }}",
+    "lipsum": "{{ lipsum(n=10**7) }}",
+    "power": "{{ 7**(10**8) }}",
+    "replace": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+    "join": "{{ range(99999) | join('a' * 10**6) }}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "output": "{% for i in range(99999) %}{{ 'a' * 20 }}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_that_takes_too_much_is_ended(bomb, monkeypatch):
+    monkeypatch.setattr("tinyllama.text.template.SECONDS", 0.5)
+    with pytest.raises(InputError, match="chat template: it") as caught:
+        segments(BOMBS[bomb], user("a"))
+    assert "\n" not in str(caught.value)
+    assert segments(PLAIN, user("a"))  # the next one is rendered
+
+
+def test_templates_render_in_threads_after_a_fork_and_after_the_process_died(monkeypatch):
+    expected = segments(PLAIN, user("a"))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: segments(PLAIN, user(name)), ["a", "b"] * 20))
+    assert found[::2] == [expected] * 20
+    child = os.fork()
+    if child == 0:
+        os._exit(segments(PLAIN, user("a")) != expected)
+    assert os.waitpid(child, 0)[1] == 0
+    assert template.worker._process is not None
+    template.worker._process.kill()
+    with pytest.raises(InputError, match="chat template"):
+        segments(PLAIN, user("a"))
+    assert segments(PLAIN, user("a")) == expected
+
+
+def test_a_module_in_the_working_folder_is_not_run(tmp_path, monkeypatch):
+    for name in ("json", "jinja2", "sitecustomize", "resource"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    template.worker.stop()
+    assert segments(PLAIN, user("a"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lone_surrogate_of_a_template_is_refused_where_it_is_written():
+    assert segments("{% set x = '\ud800' %}" + PLAIN, user("a"))
+    with pytest.raises(InputError, match=r"chat template: .*surrogate"):
+        segments("\ud800" + PLAIN, user("a"))
 
 
 def test_a_model_without_a_template_says_so(tmp_path):

@@ -264,7 +264,7 @@ def test_a_stored_truncation_does_not_cut_texts(tmp_path):
         ({"decoder": 5}, "decoder malformed"),
         ({"decoder": {"type": "Sequence"}}, "decoder malformed"),
         ({"added_tokens": [5]}, "added tokens malformed"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "not a tokenizer"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "not a usable tokenizer"),
         ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor malformed"),
         ({"post_processor": adds("$A </s>")}, r"adds \['</s>'\]"),
         ({"added_tokens": [{"id": 1, "content": "<s>", "lstrip": True}]}, "'<s>' has lstrip"),

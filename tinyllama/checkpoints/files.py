@@ -54,12 +54,11 @@ def first_bytes(path: Path, count: int) -> bytes:
     return data
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_TEXT_BYTES; raises InputError as `first_bytes` does."""
-    data = first_bytes(path, MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        size = path.stat().st_size
-        raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes, got {size}; {AGAIN}")
+def read_bytes(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes; raises InputError as `first_bytes` does."""
+    data = first_bytes(path, most + 1)
+    if len(data) > most:
+        raise InputError(f"{path}: expected at most {most} bytes, got {path.stat().st_size}; {AGAIN}")
     return data
 
 

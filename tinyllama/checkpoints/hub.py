@@ -54,15 +54,15 @@ def named_model(name: str) -> Path:
     if name == EMBEDDED_MODEL:
         return make_embedded(weights_folder() / EMBEDDED_FOLDER)
     folder = Path(os.path.expanduser(name))
-    if name and folder.is_dir():
+    if name and os.path.isdir(folder):  # False for a name that no folder can have
         return folder
     if is_repository(name):
         return found_or_downloaded(name)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise InputError(f"model {name!r} is a file, expected a checkpoint folder: give the folder it is in")
     present = ", ".join(str(path) for path in checkpoint_folders()) or "nothing yet"
     raise InputError(
-        f"model {name!r}: no such folder, nor a Hub name (org/name), nor {EMBEDDED_MODEL} (the embedded "
+        f"model {name!r:.80}: no such folder, nor a Hub name (org/name), nor {EMBEDDED_MODEL} (the embedded "
         f"model); in {weights_folder()} there is: {present}"
     )
 

@@ -1,7 +1,7 @@
 """Chat messages -> the segments of a prompt, by the checkpoint's own template.
 
-The template is code from a download, so it runs in jinja2's sandbox. The messages are text from a user, so
-a special token typed there stays text: a message cannot end a turn or begin one.
+The template is code from a download, so it runs in jinja2's sandbox, in a process of its own. The messages
+are text from a user, so a special token typed there stays text: a message cannot end a turn or begin one.
 
 A rendered template is one string, in which a typed "</s>" looks like the template's own. So the template is
 rendered with the characters of typed special tokens replaced by private-use ones (masks), the result is split
@@ -13,16 +13,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
-from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from tinyllama.errors import InputError
 from tinyllama.text.messages import Message, check_role_markers, map_contents, plain_messages
 from tinyllama.text.special_tokens import Segment, SpecialTokens
+from tinyllama.text.template import render
 
 MASKS = range(0x10FFFD, 0xFFFF, -1)  # from the private-use planes down
 
@@ -51,7 +46,7 @@ def render_chat(
     """
     messages = plain_messages(messages, special)
     check_role_markers(template, messages, special, strict)
-    variables = {**names, "add_generation_prompt": add_generation_prompt}
+    variables = {**names, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
 
     used = set(template).union(*names.values(), *special.control, json.dumps(messages, ensure_ascii=False))
     unused = (chr(code) for code in MASKS if chr(code) not in used)
@@ -60,13 +55,13 @@ def render_chat(
     unmask = {ord(masked): character for character, masked in mask.items()}
 
     hidden = map_contents(messages, partial(special.hide, mask=mask))
-    rendered = render(template, hidden, variables)
+    rendered = render(template, variables | {"messages": hidden})
     # Marks around each message's text show which text is the user's. A template that trims the messages or
     # looks at their ends may treat a marked one differently: then the marks go inside the white space, and
     # if that changes the result too, there are no marks.
     for trimmed in (False, True):
         enclosed = map_contents(hidden, partial(enclose, begin=begin, end=end, trimmed=trimmed))
-        marked = render(template, enclosed, variables)
+        marked = render(template, variables | {"messages": enclosed})
         if marked.replace(begin, "").replace(end, "") == rendered:
             break
     else:
@@ -86,28 +81,3 @@ def enclose(text: str, begin: str, end: str, trimmed: bool) -> str:
     """The text with marks at both ends, or, if trimmed, at the ends of what is not white space."""
     core = text.strip() if trimmed else text
     return text.replace(core, begin + core + end, 1) if core else text
-
-
-def render(template: str, messages: list[Message], variables: dict[str, Any]) -> str:
-    """Render a chat template in the sandbox; raises InputError for any error in it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes for HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # The class itself has methods by which a template could change a message: dict.update(messages[0], ...).
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, tools=None, documents=None, **variables)
-    except Exception as error:  # a template raises whatever its expressions do
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"chat template: {reason}; change the messages, or use another checkpoint"
-        ) from error
-
-
-def raise_exception(message: str) -> NoReturn:
-    """How a template refuses messages."""
-    raise TemplateError(message)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from tinyllama.checkpoints.files import AGAIN
+from tinyllama.checkpoints.files import AGAIN, one_line
 from tinyllama.errors import InputError
 from tinyllama.text.tokenizer_files import TokenizerFiles, flatten
 from tinyllama.text.vocabulary import EACH_BYTE, Vocabulary, sentencepiece_bytes
@@ -75,7 +77,10 @@ def json_vocabulary(files: TokenizerFiles) -> Vocabulary:
 
     def encode(text: str, first: bool) -> list[int]:
         _check_bytes(text, unknown, path)
-        found: list[int] = (first_part if first else later_part).encode(text, add_special_tokens=False).ids
+        with library_errors(path):
+            found: list[int] = (
+                (first_part if first else later_part).encode(text, add_special_tokens=False).ids
+            )
         return found
 
     bos = files.template_bos()
@@ -92,10 +97,19 @@ def json_vocabulary(files: TokenizerFiles) -> Vocabulary:
 
 
 def _build(path: Path, definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    try:
+    with library_errors(path):
         return tokenizers.Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise InputError(f"{path}: not a tokenizer ({error}); {AGAIN}") from error
+
+
+@contextmanager
+def library_errors(path: Path) -> Iterator[None]:
+    """Turn what `tokenizers` raises into an InputError; it has no exceptions of its own."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust code is no Exception
+        raise InputError(f"{path}: not a usable tokenizer ({one_line(error)}); {AGAIN}") from error
 
 
 def _check_bytes(text: str, unknown: set[int], path: Path) -> None:

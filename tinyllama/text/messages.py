@@ -45,7 +45,10 @@ def check_message(message: Message, where: str, special: SpecialTokens) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"{where}: expected a dict with 'role' and 'content', got {message!r:.80}")
     content = message.get("content")
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if isinstance(content, dict) or (content is None and message.get("tool_calls")):
+        parts = []  # data for the template, without a user's text
+    for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InputError(
                 f"{where}: expected 'content' to be a string or a list of {{'type': 'text', 'text': ...}}, "
@@ -65,8 +68,8 @@ def check_role_markers(template: str, messages: list[Message], special: SpecialT
     """Warn of role markers in a message, or refuse them: they are text, so no id tells who wrote them."""
     markers = sorted(set(ROLE_MARKER.findall(template)).difference(special.control))
     for index, message in enumerate(messages):
-        content = message["content"]
-        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        content = message.get("content")
+        text = "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
         for marker in markers:
             if marker in text:
                 problem = (
@@ -78,11 +81,16 @@ def check_role_markers(template: str, messages: list[Message], special: SpecialT
 
 
 def map_contents(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
-    """The messages with every text in their contents changed."""
+    """The messages with every text in their contents changed; a tool's data are none."""
 
-    def changed(content: str | list[Message]) -> str | list[Message]:
+    def changed(content: Any) -> Any:
         if isinstance(content, str):
             return change(content)
-        return [{**part, "text": change(part["text"])} for part in content]
+        if isinstance(content, list):
+            return [{**part, "text": change(part["text"])} for part in content]
+        return content
 
-    return [{**message, "content": changed(message["content"])} for message in messages]
+    return [
+        {key: changed(value) if key == "content" else value for key, value in message.items()}
+        for message in messages
+    ]

@@ -14,6 +14,7 @@ class TextReply(Iterator[str]):
 
     Attributes:
         ids: the new ids so far.
+        wordless: those of them that the tokenizer does not have: some models have more ids. They are no text.
         reason: as in `TokenStream`, or "stop" at a stop string, which is left out of the text.
     """
 
@@ -23,6 +24,7 @@ class TextReply(Iterator[str]):
         if not all(stop):
             raise InputError("stop: expected non-empty strings, got ''")
         self.ids: list[int] = []
+        self.wordless: list[int] = []
         self.reason: str | None = None
         self._tokens, self._stop, self._held = tokens, stop, ""
         self._text = tokenizer.stream(context)
@@ -36,7 +38,10 @@ class TextReply(Iterator[str]):
                 self._held += self._text.flush()
             else:
                 self.ids.append(token)
-                self._held += self._text.feed(token)
+                try:
+                    self._held += self._text.feed(token)
+                except InputError:
+                    self.wordless.append(token)
             if piece := self._release():
                 return piece
         raise StopIteration

@@ -26,9 +26,8 @@ class SpecialTokens:
     def __init__(self, texts: Iterable[str], control: Iterable[str]) -> None:
         self.control = sorted(control, key=len, reverse=True)
         self._tokens = re.compile(any_of(map(re.escape, sorted(texts, key=len, reverse=True))))
-        beginnings = {token[:end] for token in self.control for end in range(1, len(token))}
-        starts = [*map(re.escape, self.control), *(re.escape(part) + r"\Z" for part in beginnings)]
-        self._starts = re.compile(f"(?s:(?={any_of(starts)}).)")
+        self._starts = re.compile(f"(?s:(?={any_of(map(re.escape, self.control))}).)")
+        self._longest = max(map(len, self.control), default=0)
 
     def split(self, text: str, origin: str) -> list[Segment]:
         """The text cut into special tokens and the parts of `origin` between them, without empty parts."""
@@ -54,7 +53,12 @@ class SpecialTokens:
         return text.replace(core, hidden, 1)
 
     def _mask_starts(self, text: str, mask: dict[str, str]) -> str:
-        return self._starts.sub(lambda match: mask[match[0]], text)
+        """Mask the characters at which a control token begins, or may begin and go on beyond the text."""
+        masked = list(self._starts.sub(lambda match: mask[match[0]], text))
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if any(token.startswith(text[at:]) for token in self.control):
+                masked[at] = mask[text[at]]
+        return "".join(masked)
 
 
 def any_of(patterns: Iterable[str]) -> str:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.checkpoints.files import AGAIN, read_bytes, read_json
+from tinyllama.config import MAX_INTEGER
 from tinyllama.errors import InputError
+from tinyllama.text.special_tokens import check_text
+
+# Far above what real ones have: Llama 3.1's template has 4 kB, its longest special token 31 characters.
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TOKEN_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class TokenizerFiles:
         """A true or false of tokenizer_config.json; None if it is absent or null."""
         value = self.config.get(name)
         if value is not None and not isinstance(value, bool):
-            raise self.config_error(f"{name} is {value!r}, expected true or false")
+            raise self.config_error(f"{name} is {value!r:.80}, expected true or false")
         return value
 
     def named_token(self, name: str, default: str | None) -> str | None:
@@ -60,7 +66,9 @@ class TokenizerFiles:
         value = self.config.get(name, default)
         text = value.get("content") if isinstance(value, dict) else value
         if value is not None and not (isinstance(text, str) and text):
-            raise self.config_error(f"{name} is {value!r}, expected a string")
+            raise self.config_error(f"{name} is {value!r:.80}, expected a string")
+        if text is not None:
+            check_token(text)
         return text
 
     def config_error(self, problem: str) -> InputError:
@@ -81,12 +89,17 @@ class TokenizerFiles:
                 for option in ("lstrip", "rstrip", "single_word"):
                     if entry.get(option):
                         raise InputError(
-                            f"{self.folder}: added token {entry['content']!r} has {option}: true, expected "
-                            "false: not supported; use another checkpoint"
+                            f"{self.folder}: added token {entry['content']!r:.80} has {option}: true, "
+                            "expected false: not supported; use another checkpoint"
                         )
-            return {
+            found = {
                 str(e["content"]): (int(e["id"]), bool(e.get("special"))) for e in entries if e["content"]
             }
+            for text, (index, _) in found.items():
+                check_token(text)
+                if not 0 <= index <= MAX_INTEGER:
+                    raise ValueError(f"{text!r:.80} has the id {index!r:.80}")
+            return found
 
     def prefixes_every_part(self) -> bool:
         """Whether sentencepiece's dummy prefix goes before every part of a text, or only the first.
@@ -127,8 +140,18 @@ def well_formed(path: Path, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {what} malformed ({error!r}); {AGAIN}") from error
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {what} malformed ({error!r:.300}); {AGAIN}") from error
+
+
+def check_token(text: str) -> None:
+    """Raise InputError for a special token that no text can hold, or whose length no real one has."""
+    check_text(text, f"special token {text!r:.80}")
+    if len(text) > MAX_TOKEN_CHARACTERS:
+        raise InputError(
+            f"special token {text!r:.80}: expected at most {MAX_TOKEN_CHARACTERS} characters, "
+            f"got {len(text)}; {AGAIN}"
+        )
 
 
 def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -146,7 +169,7 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return read_bytes(file).decode("utf-8")
+            return read_bytes(file, MAX_TEMPLATE_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8; {AGAIN}") from error
     template = config.get("chat_template")
@@ -155,4 +178,6 @@ def find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template is not None and not isinstance(template, str):
             raise TypeError(f"expected a string, got {template!r:.80}")
+        if template is not None and len(template) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"expected at most {MAX_TEMPLATE_BYTES} characters, got {len(template)}")
     return template

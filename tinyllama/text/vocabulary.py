@@ -79,7 +79,8 @@ def sentencepiece_vocabulary(files: TokenizerFiles) -> Vocabulary:
     try:
         processor = SentencePieceProcessor(model_proto=files.model)
         without_prefix = SentencePieceProcessor(model_proto=files.model + NO_DUMMY_PREFIX)
-    except RuntimeError as error:
+        pieces: list[str] = processor.id_to_piece(list(range(processor.vocab_size())))
+    except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
         raise InputError(f"{path}: not a sentencepiece model; {AGAIN}") from error
     # A file cut off after its last piece still loads, but with sentencepiece's default normalizer.
     if processor.decode(processor.encode("  ")) != "  ":
@@ -90,7 +91,6 @@ def sentencepiece_vocabulary(files: TokenizerFiles) -> Vocabulary:
         ids: list[int] = (processor if first or prefixes_every_part else without_prefix).encode(text)
         return ids
 
-    pieces: list[str] = processor.id_to_piece(list(range(processor.vocab_size())))
     named = {
         "bos_token": processor.bos_id(),
         "eos_token": processor.eos_id(),
