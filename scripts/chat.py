@@ -192,8 +192,10 @@ def show_stats(conversation: Conversation) -> None:
 
 def keep_history() -> None:
     """Edit lines with readline, and keep them for the next chat if the state folder can be used."""
-    import readline  # lets input() edit lines
-
+    try:
+        import readline  # lets input() edit lines
+    except ImportError:  # on Windows the console does
+        return
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     file = Path(state) / "tinyllama" / "chat_history"
     with suppress(OSError):

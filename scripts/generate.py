@@ -8,7 +8,6 @@ that an output can be used as a prompt. An empty prompt stands for BOS.
 from __future__ import annotations
 
 import argparse
-import resource
 import secrets
 import sys
 import time
@@ -113,9 +112,14 @@ def peak_memory(device: str) -> str:
     """The most memory that was in use at once, in words."""
     import torch
 
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB at most"
+    try:
+        import resource
+
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:,.0f} MB at most"
+    except ImportError:
+        text = "not known on this system"
     if torch.device(device).type == "cuda":
         text += f", {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB of {device}"
     return text

@@ -39,6 +39,7 @@ EXAMPLES = """\
   python scripts/parity.py smollm2 --attention fast.py:window --against slow.py:window
   python scripts/parity.py smollm2 --text my.txt --json > figures.json
 
+needs transformers: pip install "tinyllama[parity]", or make setup
 exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,13 +25,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, examples: str) -> None:
         super().__init__(
             description=description,
-            epilog=f"examples:\n{examples}",
+            epilog=f"examples:\n{as_started(examples)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
         """Exit with the one line."""
         self.exit(2, f"error: {escape(message)}; see --help\n")
+
+
+def as_started(examples: str) -> str:
+    """The examples as commands of `tinyllama`, if that is how this was started."""
+    if not sys.argv[0].startswith("tinyllama "):
+        return examples
+    return re.sub(r"python scripts/(\w+)\.py", r"tinyllama \1", examples)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, purpose: str) -> None:

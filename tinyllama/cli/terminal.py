@@ -11,6 +11,10 @@ from pathlib import Path
 from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
 
+CLOSED_PIPE = 128 + 13  # the status of a program that SIGPIPE ended, which Windows does not have
+# Packages that one command needs, and the extra of pyproject.toml that they come with.
+EXTRAS = {"transformers": "parity", "accelerate": "parity", "gguf": "embedded", "matplotlib": "bench"}
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 2 on bad input (one line, no traceback), 130 on Ctrl-C.
@@ -32,10 +36,15 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        status = 128 + signal.SIGPIPE
+        status = CLOSED_PIPE
     except OSError as error:
         where = "stdout" if error.filename is None else f"{error.filename!s:.200}"
         refuse(f"{where}: cannot be used ({error.strerror or error})")
+        status = 2
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        refuse(f'{error.name} is not installed: pip install "tinyllama[{EXTRAS[error.name]}]"')
         status = 2
     except Exception as error:
         kernels = sys.modules.get("tinyllama.lab.kernel_file")  # absent where no kernel was loaded

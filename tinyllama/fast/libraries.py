@@ -17,7 +17,7 @@ def cache_folder() -> Path:
     Raises:
         BuildError: there is no such place.
     """
-    if os.name != "posix":
+    if not hasattr(os, "getuid"):  # Windows
         raise BuildError("compiled code is built on Linux and macOS only")
     try:
         # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
