@@ -27,9 +27,11 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
+        raise InputError(f"device: expected cpu, cuda, cuda:N or mps, got {device!r:.80}") from error
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device: expected cpu, cuda, cuda:N or mps, got {str(found)!r}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device: mps was asked for, but PyTorch finds no Apple GPU here; use cpu")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: {found} was asked for, but PyTorch finds no CUDA device here; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
@@ -74,6 +76,8 @@ def free_memory(device: torch.device) -> int | None:
     """The device's free bytes, or None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
         if line.startswith("MemAvailable"):

@@ -249,7 +249,7 @@ def test_a_cuda_device_too_many_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "mps", None, 1.5])
 def test_a_device_of_another_kind_is_refused(name: Any):
-    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N"):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda, cuda:N or mps"):
         device.usable_device(name)
 
 

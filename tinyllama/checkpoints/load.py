@@ -91,7 +91,7 @@ def load_model(
 
     Args:
         folder: holds config.json and model.safetensors, or an index and its shards.
-        device: "cpu", "cuda", "cuda:1"...
+        device: "cpu", "cuda", "cuda:1", "mps"...
         dtype: of the activations, and of "exact" weights: float32, bfloat16, float16 or float64.
         attention: "eager" or "sdpa".
         weights: how matrices are kept. "exact": in `dtype`, and every bit is that of transformers. For speed,
@@ -102,6 +102,8 @@ def load_model(
         InputError: the folder, the config or the weights cannot be used; the message says why.
     """
     folder, device, dtype = Path(folder), usable_device(device), floating_dtype(dtype)
+    if device.type == "mps" and dtype == torch.float64:
+        raise InputError("dtype: an Apple GPU has no float64; use float32")
     chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
     config = read_config(folder)
     stored = find_tensors(folder)

@@ -86,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it computes; see `load`."""
     group = parser.add_argument_group("model")
     add_model_name(group)
-    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument(
         "--dtype",
         default="float32",
