@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import unix
 from tinyllama.checkpoints import files
 from tinyllama.checkpoints.files import (
     MAX_TEXT_BYTES,
@@ -51,9 +52,9 @@ def huge_file(path):
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
-        (os.mkfifo, "expected a regular file"),
+        pytest.param(lambda path: os.mkfifo(path), "expected a regular file", marks=unix),
         (os.mkdir, "expected a regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), "expected a regular file", marks=unix),
         (lambda path: path.symlink_to("nowhere"), "expected a regular file"),
         (lambda path: None, "no such file"),
         (huge_file, f"at most {MAX_TEXT_BYTES}"),
@@ -203,6 +204,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_an_hour_later(tmp_
     assert sorted(os.listdir(tmp_path)) == [".tinyllama-new", "page.html"]
 
 
+@unix
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: cannot be written"):

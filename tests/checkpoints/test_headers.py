@@ -29,6 +29,7 @@ from tests.checkpoints.folders import (
     write_index,
     write_shards,
 )
+from tests.marks import unix
 from tinyllama.checkpoints.files import INDEX, SINGLE
 from tinyllama.checkpoints.headers import MAX_HEADER_BYTES, read_header
 from tinyllama.errors import InputError
@@ -175,7 +176,14 @@ def test_a_single_file_beside_an_index_is_refused(tmp_path: Path):
     refusal(tmp_path, str(tmp_path), SINGLE, INDEX)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkdir,
+        pytest.param(lambda path: os.mkfifo(path), marks=unix),
+        pytest.param(lambda path: path.symlink_to("nowhere"), marks=unix),
+    ],
+)
 @pytest.mark.parametrize("name", [SINGLE, INDEX, SHARDS[0]])
 def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None], name: str):
     folder = folder_with(tmp_path / "folder", name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pwd
 import shutil
 from pathlib import Path
 
@@ -133,6 +132,8 @@ def test_a_relative_cache_folder_is_ignored_and_no_home_is_said(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "tinyllama"
     monkeypatch.delenv("HOME")
+    import pwd
+
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
     with pytest.raises(BuildError, match="home"):
         cache_folder()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
+from tests.marks import unix
 from tests.scripts.test_scripts import PATIENCE, assert_refused, command, run_script, tiny
 from tinyllama import progress
 from tinyllama.cli import terminal
@@ -42,6 +43,7 @@ def test_a_full_disk_behind_stdout_is_one_line_and_status_2(tiny: Path):
         assert_refused(in_shell(line, ">/dev/full"), "stdout")
 
 
+@unix
 def test_closed_streams_are_one_line_or_do_not_matter(tiny: Path):
     line = command("tokens", "--model", tiny, "the cat")
     assert_refused(in_shell(line, ">&-"), "stdout is closed")
@@ -52,6 +54,7 @@ def test_closed_streams_are_one_line_or_do_not_matter(tiny: Path):
     assert "cat" in out
 
 
+@unix
 def test_a_reader_that_leaves_ends_a_table_as_it_ends_cat(tiny: Path):
     reading, writing = os.pipe()
     os.close(reading)
@@ -73,7 +76,7 @@ def test_a_name_that_no_file_can_have_is_refused(run_script, tiny: Path, name: s
         assert_refused(run_script(name, "--file", file, "--model", tiny), file[:1])
 
 
-@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "absent/page.html", "/dev/null"])
+@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "absent/page.html", os.devnull])
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(run_script, place: str):
     status, out, err = run_script("lab", "window", "--model", "smollm2", "--html", place)
     assert (status, out, err.count("\n")) == (2, "", 1)

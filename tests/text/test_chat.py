@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tests.marks import unix
 from tests.text.tiny_tokenizers import sentencepiece_folder
 from tinyllama.errors import InputError
 from tinyllama.text import template
@@ -305,6 +306,7 @@ def test_a_template_that_takes_too_much_is_ended(bomb, monkeypatch):
     assert segments(PLAIN, user("a"))  # the next one is rendered
 
 
+@unix
 def test_templates_render_in_threads_after_a_fork_and_after_the_process_died(monkeypatch):
     expected = segments(PLAIN, user("a"))
     with ThreadPoolExecutor(4) as pool:
