@@ -247,10 +247,17 @@ def test_a_cuda_device_too_many_is_refused(monkeypatch: pytest.MonkeyPatch):
         device.usable_device("cuda:2")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "mps", None, 1.5])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "xla", None, 1.5])
 def test_a_device_of_another_kind_is_refused(name: Any):
     with pytest.raises(ValueError, match="device: expected cpu, cuda, cuda:N or mps"):
         device.usable_device(name)
+
+
+def test_an_apple_gpu_is_refused_where_there_is_none_and_has_no_float64(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refusal(write(tmp_path), "device: mps", "no Apple GPU", device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    refusal(write(tmp_path), "dtype: an Apple GPU has no float64", "float32", device="mps", dtype="float64")
 
 
 @pytest.mark.parametrize("name", ["int8", "float8_e4m3fn", "Tensor", "", None, torch.int64])
