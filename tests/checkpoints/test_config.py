@@ -166,9 +166,10 @@ def test_eos_ids_come_from_the_generation_config_first(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "qwen2"),
         ("model_type", ["llama"]),
-        ("architectures", ["MistralForCausalLM"]),
+        ("architectures", ["Qwen2ForCausalLM"]),
+        ("activation", "gelu"),
         ("architectures", "LlamaForCausalLM"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),

@@ -22,9 +22,8 @@ IGNORED = """
 
 # Fields with one value that is implemented. Another would change the computation, so it is refused.
 FIXED: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
     "hidden_act": "silu",
+    "activation": "swiglu",  # Falcon3's name for the same MLP
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
@@ -34,6 +33,12 @@ FIXED: dict[str, Any] = {
     "sliding_window": None,
     "quantization_config": None,
 }
+
+
+# The architectures that are the same computation, and the fields that their files must have because the
+# defaults in transformers are not a Llama's: to a Mistral, an absent window is one of 4,096 tokens.
+SAME: dict[str, tuple[str, ...]] = {"llama": (), "mistral": ("num_key_value_heads", "sliding_window")}
+ARCHITECTURES = (["LlamaForCausalLM"], ["MistralForCausalLM"])
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -82,14 +87,25 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: only {expected!r} is implemented, got {values[name]!r}; use another model"
             )
 
+    kind, named = values.get("model_type") or "llama", values.get("architectures") or ARCHITECTURES[0]
+    if not isinstance(kind, str) or kind not in SAME:
+        raise InputError(
+            f"model_type: only {' and '.join(SAME)} are implemented, got {kind!r:.80}; use another model"
+        )
+    if named not in ARCHITECTURES:
+        raise InputError(
+            f"architectures: only {' or '.join(map(str, ARCHITECTURES))} are implemented, got {named!r:.80}; "
+            "use another model"
+        )
     used = {field.name for field in dataclasses.fields(LlamaConfig)}
-    unknown = sorted(map(repr, values.keys() - used - FIXED.keys() - {*IGNORED.split(), "rope_parameters"}))
+    known = {*IGNORED.split(), "architectures", "model_type", "rope_parameters"}
+    unknown = sorted(map(repr, values.keys() - used - FIXED.keys() - known))
     if unknown:
         raise InputError(
             f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"
         )
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in required if name not in values]
+    missing = [name for name in (*required, *SAME[kind]) if name not in values]
     if missing:
         raise InputError(f"missing field(s) {', '.join(missing)}; is this the config.json of a Llama model?")
 
