@@ -30,7 +30,7 @@ chat: $(RUN) ## talk with the model: make chat MODEL=smollm2
 	@$(BIN)/python scripts/chat.py $(MODEL_OPTION)
 
 test: $(DEV) ## run the tests
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a float64 oracle
 	@$(BIN)/python scripts/parity.py --html parity.html

@@ -51,8 +51,8 @@ def main() -> int:
     finally:
         terminal.write(reply.rest() + "\n")
 
-    if reply.wordless:
-        note(f"the tokenizer has no text for some of the ids: {', '.join(map(str, reply.wordless[:5]))}")
+    if reply.unknown:
+        note(f"the tokenizer has no text for some of the ids: {', '.join(map(str, reply.unknown[:5]))}")
     old, new, context = len(ids), len(reply.ids), model.config.max_position_embeddings
     if old + new == context and reply.reason == "length":
         note(f"stopped: the context of {context} tokens is full")

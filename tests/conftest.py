@@ -22,11 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The guides first: they take longest, and at the end one worker would wait for the other."""
-    items.sort(key=lambda item: item.path.name != "test_guides.py")
-
-
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """Nothing is recorded for a backward pass."""

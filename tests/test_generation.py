@@ -278,7 +278,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_no_text_and_ends_nothing(tmp_
     reply = TextReply(stream(model, ids, max_new_tokens=5), tokenizer, ids)
     assert "".join(reply) == ""
     assert (len(reply.ids), reply.reason) == (5, "length")
-    assert reply.wordless == reply.ids
+    assert reply.unknown == reply.ids
 
 
 def test_an_empty_stop_string_is_refused():

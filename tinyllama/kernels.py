@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,7 @@ def kernel_code(kernel: Kernel) -> CodeType | None:
     """The Python code of a function, a partial of one, or a module's `forward`; None if it has none."""
     if isinstance(kernel, partial):
         return kernel_code(kernel.func)
+    kernel = inspect.unwrap(kernel)  # of a declaration such as @breaks
     for function in (kernel, getattr(kernel, "forward", None), getattr(kernel, "__call__", None)):  # noqa: B004
         if isinstance(code := getattr(function, "__code__", None), CodeType):
             return code

@@ -36,8 +36,8 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def note(line: str) -> None:
-    """Print a remark to stderr, so that piped output stays clean; where stderr is closed, nowhere."""
-    if sys.stderr is not None:  # else print() would take stdout
+    """Print a remark to stderr, so that piped output stays clean; if stderr is closed, print nothing."""
+    if sys.stderr is not None:  # print(file=None) would take stdout
         with suppress(OSError):
             print(escape(line), file=sys.stderr, flush=True)
 

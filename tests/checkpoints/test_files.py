@@ -194,14 +194,15 @@ def test_if_writing_fails_the_old_file_stays_and_nothing_else(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_one_an_hour_later(tmp_path):
-    for name, age in ((".tinyllama-old", 2 * 3600), (".tinyllama-new", 60)):
+def test_what_a_killed_writer_left_is_removed_by_one_of_the_next_day(tmp_path):
+    days = {".tinyllama-partial-old": 2, ".tinyllama-partial-new": 0.5, ".tinyllama-mine": 2}
+    for name, age in days.items():
         left = tmp_path / name
         left.mkdir()
         (left / "file").write_text("half")
-        os.utime(left, (time.time() - age,) * 2)
+        os.utime(left, (time.time() - age * 86400,) * 2)
     replace_text(tmp_path / "page.html", "whole")
-    assert sorted(os.listdir(tmp_path)) == [".tinyllama-new", "page.html"]
+    assert sorted(os.listdir(tmp_path)) == [".tinyllama-mine", ".tinyllama-partial-new", "page.html"]
 
 
 @unix

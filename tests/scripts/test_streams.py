@@ -104,9 +104,16 @@ def test_what_a_kernel_does_wrong_is_said_with_its_line(
     assert expected in err
 
 
-def test_other_errors_of_the_program_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        terminal.run(lambda: 1 // 0)
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), ConnectionError("refused"), OSError("no file and no number"), KeyError("x")],
+)
+def test_other_errors_keep_their_traceback(error: Exception):
+    def main() -> int:
+        raise error
+
+    with pytest.raises(type(error)):
+        terminal.run(main)
 
 
 def test_the_name_of_a_folder_reaches_a_terminal_escaped(monkeypatch):

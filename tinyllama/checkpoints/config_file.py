@@ -34,11 +34,12 @@ FIXED: dict[str, Any] = {
     "quantization_config": None,
 }
 
-
-# The architectures that are the same computation, and the fields that their files must have because the
-# defaults in transformers are not a Llama's: to a Mistral, an absent window is one of 4,096 tokens.
-SAME: dict[str, tuple[str, ...]] = {"llama": (), "mistral": ("num_key_value_heads", "sliding_window")}
-ARCHITECTURES = (["LlamaForCausalLM"], ["MistralForCausalLM"])
+# model_type -> the architecture, and the fields that its file must have because their defaults in
+# transformers are not a Llama's: a Mistral without `sliding_window` has one of 4,096 tokens.
+FAMILY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "llama": ("LlamaForCausalLM", ()),
+    "mistral": ("MistralForCausalLM", ("num_key_value_heads", "sliding_window")),
+}
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -87,16 +88,14 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: only {expected!r} is implemented, got {values[name]!r}; use another model"
             )
 
-    kind, named = values.get("model_type") or "llama", values.get("architectures") or ARCHITECTURES[0]
-    if not isinstance(kind, str) or kind not in SAME:
+    kind = values.get("model_type") or "llama"
+    if not isinstance(kind, str) or kind not in FAMILY:
         raise InputError(
-            f"model_type: only {' and '.join(SAME)} are implemented, got {kind!r:.80}; use another model"
+            f"model_type: only {' and '.join(FAMILY)} are implemented, got {kind!r:.80}; use another model"
         )
-    if named not in ARCHITECTURES:
-        raise InputError(
-            f"architectures: only {' or '.join(map(str, ARCHITECTURES))} are implemented, got {named!r:.80}; "
-            "use another model"
-        )
+    architecture, own = FAMILY[kind]
+    if (named := values.get("architectures")) not in ([architecture], None):
+        raise InputError(f"architectures: expected [{architecture!r}], got {named!r:.80}; use another model")
     used = {field.name for field in dataclasses.fields(LlamaConfig)}
     known = {*IGNORED.split(), "architectures", "model_type", "rope_parameters"}
     unknown = sorted(map(repr, values.keys() - used - FIXED.keys() - known))
@@ -105,7 +104,7 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
             f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"
         )
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in (*required, *SAME[kind]) if name not in values]
+    missing = [name for name in (*required, *own) if name not in values]
     if missing:
         raise InputError(f"missing field(s) {', '.join(missing)}; is this the config.json of a Llama model?")
 

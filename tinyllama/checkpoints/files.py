@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # never opened: unpickling can run any code
 
 UNFINISHED = ".unfinished-"  # before the name of a folder that is not complete yet
-PARTIAL = ".tinyllama-"  # begins the name of a folder with a file that is not complete yet
-GONE_SECONDS = 3600.0
+PARTIAL = ".tinyllama-partial-"  # before the name of a folder with a file that is not complete yet
+GONE_SECONDS = 24 * 3600.0  # a writer that began earlier was killed
 
 AGAIN = "download the checkpoint again"
 
@@ -145,7 +146,7 @@ def replace_text(path: Path, text: str) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file, and put it in the place of `path`: that is the old file or all of the new one.
 
-    What a killed process left in the folder an hour ago or earlier is removed.
+    What a killed process left there a day ago or earlier is removed.
 
     Raises:
         InputError: it cannot be written.
@@ -167,13 +168,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the files of writers that are gone: a living one changes its file all the time."""
+    """Remove what killed writers left in a folder."""
     for left in folder.glob(f"{PARTIAL}*"):
-        if left.stat().st_mtime < time.time() - GONE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another writer was done, or swept too
+            if left.stat().st_mtime < time.time() - GONE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    """Have the file on the disk before it is renamed: after a power cut it would be empty otherwise."""
+    """Write the file to the disk itself: renamed before, it could be empty after a power cut."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

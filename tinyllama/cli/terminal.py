@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,12 +16,14 @@ CLOSED_PIPE = 128 + 13  # the status of a program that SIGPIPE ended, which Wind
 # Packages that one command needs, and the extra of pyproject.toml that they come with.
 EXTRAS = {"transformers": "parity", "accelerate": "parity", "gguf": "embedded", "matplotlib": "bench"}
 
+STDOUT_FAILS = (errno.ENOSPC, errno.EFBIG, errno.EIO)  # errors of writing that name no file
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 2 on bad input (one line, no traceback), 130 on Ctrl-C.
 
-    A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`. What
-    the system refuses (a full disk behind stdout) is bad input, and so is an error in a user's kernel.
+    A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`. A
+    full disk behind stdout counts as bad input, and so does an error in a user's kernel.
     """
     if sys.stdout is None:
         refuse("stdout is closed; send it to a file or to /dev/null")
@@ -37,21 +40,11 @@ def run(main: Callable[[], int | None]) -> None:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
         status = CLOSED_PIPE
-    except OSError as error:
-        where = "stdout" if error.filename is None else f"{error.filename!s:.200}"
-        refuse(f"{where}: cannot be used ({error.strerror or error})")
-        status = 2
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        refuse(f'{error.name} is not installed: pip install "tinyllama[{EXTRAS[error.name]}]"')
-        status = 2
     except Exception as error:
-        kernels = sys.modules.get("tinyllama.lab.kernel_file")  # absent where no kernel was loaded
-        failure = kernels.failure_in_a_kernel_file(error) if kernels else None
-        if failure is None:
+        problem = said_by_others(error)
+        if problem is None:
             raise
-        refuse(f"{failure}; correct the kernel")
+        refuse(problem)
         status = 2
     try:
         sys.stdout.flush()
@@ -59,6 +52,20 @@ def run(main: Callable[[], int | None]) -> None:
         # Python flushes once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def said_by_others(error: Exception) -> str | None:
+    """The one line for an error of a user's kernel, of a package or of the system; None for our own."""
+    kernels = sys.modules.get("tinyllama.lab.kernel_file")  # absent where no kernel was loaded
+    if kernels and (failure := kernels.failure_in_a_kernel_file(error)):
+        return f"{failure}; correct the kernel"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f'{error.name} is not installed: pip install "tinyllama[{EXTRAS[error.name]}]"'
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename!s:.200}: cannot be used ({error.strerror})"
+    if isinstance(error, OSError) and error.errno in STDOUT_FAILS:
+        return f"stdout: cannot be written ({error.strerror}); make room there"
+    return None
 
 
 def refuse(problem: str) -> None:

@@ -21,7 +21,7 @@ from tinyllama.fast.compiler import FLAGS, LATER, NATIVE, OPENMP, compiler, proc
 from tinyllama.fast.libraries import BuildError, cache_folder, find_library
 
 SOURCES = Path(__file__).parent / "csrc"
-GROUP = 64  # 8-bit weights have one scale for so many columns; products take rows of a multiple of it
+GROUP = 64  # 8-bit weights have one scale for this many columns; products take rows of a multiple of it
 WAIT_SECONDS = 3.0
 
 

@@ -44,7 +44,7 @@ class Claim:
 
     @torch.no_grad()
     def check(self, wait: float = 0.0) -> bool:
-        """Compare the two, after waiting so many seconds for the compiler; whether the claim holds."""
+        """Compare the two, after waiting `wait` seconds for the compiler; whether the claim holds."""
         self.holds = False
         try:
             if self.build is not None and not self.build.ready(wait):

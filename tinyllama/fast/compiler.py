@@ -22,6 +22,7 @@ FLAGS = ("-O3", "-fPIC")
 OPENMP = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp"))
 NATIVE = (("-march=native",), ("-mcpu=native",))
 LATER = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()  # symbols that come with PyTorch
+TRIAL_SECONDS = 3.0
 REGION = b"""
 void work(int *x) {
 #pragma omp parallel for
@@ -53,13 +54,21 @@ def processor_flags() -> str:
 
 @cache
 def usable(choices: tuple[tuple[str, ...], ...], command: tuple[str, ...]) -> tuple[str, ...]:
-    """The first of the options with which the compiler makes a library that can be loaded here, or none."""
+    """The first of the options with which the compiler makes a library that can be loaded here, or none.
+
+    Raises:
+        BuildError: the compiler takes seconds for three lines, so it cannot be asked.
+    """
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         for number, options in enumerate(choices):
             library = f"{folder}/{number}.so"
             line = [*command, *options, "-fPIC", "-shared", *LATER, "-x", "c", "-", "-o", library]
-            with suppress(OSError, subprocess.SubprocessError):
-                subprocess.run(line, input=REGION, capture_output=True, check=True, timeout=10)
+            try:
+                subprocess.run(line, input=REGION, capture_output=True, check=True, timeout=TRIAL_SECONDS)
                 ctypes.CDLL(library)
                 return options
+            except subprocess.TimeoutExpired as error:
+                raise BuildError("the C compiler is too slow") from error
+            except (OSError, subprocess.CalledProcessError):
+                continue
     return ()

@@ -17,7 +17,7 @@ from tinyllama.fast.build import GROUP
 # What weights and activations can be.
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ACTIVATIONS = (torch.float32, torch.bfloat16)
-# matvec.c serves up to so many vectors: there they cost little more than reading the weights once. matmul.c
+# matvec.c serves up to this many vectors: there they cost little more than reading the weights once. matmul.c
 # serves more (measured: docs/performance-log.md, "Matrix products").
 FEW = 32
 # Processor instructions with which PyTorch multiplies bfloat16 matrices faster than matmul.c: x86-64, ARM.
@@ -133,7 +133,7 @@ class _Room(threading.local):
     held = torch.empty(0)
 
     def floats(self, size: int) -> Tensor:
-        """At least so many floats of no particular value."""
+        """At least `size` floats, whose values do not matter."""
         if self.held.numel() < size:
             self.held = torch.empty(size)
         return self.held

@@ -31,7 +31,7 @@ VARIANTS: dict[str, Kernel] = {
     for name in names.split()
 }
 BUILT_IN = KERNELS | VARIANTS
-# Settings that a kernel annotates as numbers have to be some; other settings it checks itself.
+# What a setting may be that a kernel annotates as a number; a kernel checks other settings itself.
 NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
 MODULE = "kernel_file_"  # begins the name of the module that a user's file becomes
 
@@ -50,10 +50,11 @@ def load_kernel(spec: str) -> Kernel:
 
 
 def trusted_kernel(spec: str, named: Iterable[str]) -> Kernel:
-    """The kernel of a name that stands in a file of weights: built in, or one of those that the user named.
+    """The kernel that a file of weights asks for: a built-in one, or one that the user has named too.
 
     Raises:
-        InputError: it is in a Python file that the user did not name, so its code must not run; or as above.
+        InputError: it is in a Python file that the user did not name, so its code must not run; or see
+            `load_kernel`.
     """
     file, _, _ = _parts(spec)
     same = [one for one in named if Path(one).name == Path(spec).name]  # the folder may be another today

@@ -81,7 +81,7 @@ def check_role_markers(template: str, messages: list[Message], special: SpecialT
 
 
 def map_contents(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
-    """The messages with every text in their contents changed; a tool's data are none."""
+    """The messages with every text in their contents changed; data of a tool stay as they are."""
 
     def changed(content: Any) -> Any:
         if isinstance(content, str):

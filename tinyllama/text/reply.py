@@ -14,7 +14,8 @@ class TextReply(Iterator[str]):
 
     Attributes:
         ids: the new ids so far.
-        wordless: those of them that the tokenizer does not have: some models have more ids. They are no text.
+        unknown: those of them that the tokenizer does not have, because some models have more ids than
+            their tokenizers; they add no text.
         reason: as in `TokenStream`, or "stop" at a stop string, which is left out of the text.
     """
 
@@ -24,7 +25,7 @@ class TextReply(Iterator[str]):
         if not all(stop):
             raise InputError("stop: expected non-empty strings, got ''")
         self.ids: list[int] = []
-        self.wordless: list[int] = []
+        self.unknown: list[int] = []
         self.reason: str | None = None
         self._tokens, self._stop, self._held = tokens, stop, ""
         self._text = tokenizer.stream(context)
@@ -41,7 +42,7 @@ class TextReply(Iterator[str]):
                 try:
                     self._held += self._text.feed(token)
                 except InputError:
-                    self.wordless.append(token)
+                    self.unknown.append(token)
             if piece := self._release():
                 return piece
         raise StopIteration

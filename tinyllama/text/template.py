@@ -50,7 +50,7 @@ class Worker:
                 line = self._within(SECONDS, json.dumps(request))
                 if line:
                     return json.loads(line)
-            except BaseException:  # Ctrl-C: its answer must not be taken for that to the next request
+            except BaseException:  # Ctrl-C: the next request must not get the answer to this one
                 self.stop()
                 raise
             self.stop()
@@ -73,7 +73,7 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # else Ctrl-C would end it too
             )
         except OSError as error:
             raise InputError(f"chat template: no process could be started for it ({error})") from error

@@ -36,7 +36,7 @@ def serve() -> None:
 
 
 def limit_memory() -> None:
-    """Let more memory than MEMORY be refused, on systems that can."""
+    """Limit this process to MEMORY bytes, on systems that can."""
     with suppress(ImportError, OSError, ValueError):  # Windows has no such module
         import resource
 

@@ -145,7 +145,7 @@ def well_formed(path: Path, what: str) -> Iterator[None]:
 
 
 def check_token(text: str) -> None:
-    """Raise InputError for a special token that no text can hold, or whose length no real one has."""
+    """Raise InputError for a special token that is no valid text, or longer than any real one."""
     check_text(text, f"special token {text!r:.80}")
     if len(text) > MAX_TOKEN_CHARACTERS:
         raise InputError(
