@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import rich.console
 
 from tests.marks import unix
-from tests.scripts.test_scripts import PATIENCE, assert_refused, command, run_script, tiny
+from tests.scripts.test_scripts import PATIENCE, assert_refused, command, load_script, run_script, tiny
 from tinyllama import progress
 from tinyllama.cli import terminal
+from tinyllama.errors import InputError
+from tinyllama.text.conversation import Conversation
 
 __all__ = ["run_script", "tiny"]  # fixtures
 
@@ -55,22 +59,25 @@ def test_closed_streams_are_one_line_or_do_not_matter(tiny: Path):
 
 
 @unix
-def test_a_reader_that_leaves_ends_a_table_as_it_ends_cat(tiny: Path):
+def test_a_reader_that_leaves_a_table_ends_it_as_print_would(monkeypatch):
+    # rich would exit with status 1.
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as broken:
-        done = subprocess.run(
-            command("tokens", "--model", tiny, "the cat"),
-            stdout=broken,
-            stderr=subprocess.PIPE,
-            timeout=PATIENCE,
-        )
-    assert (done.returncode, done.stderr) == (141, b"")
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with pytest.raises(BrokenPipeError):
+            progress.TableConsole().print("a table")
+
+
+def test_a_remark_is_not_printed_to_stdout_where_stderr_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    progress.note("a remark")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["tokens", "generate"])
 def test_a_name_that_no_file_can_have_is_refused(run_script, tiny: Path, name: str):
-    for model in ("x" * 300, "~nobody/model", "a\0b"):
+    for model in ("x" * 300, "~no-such-user/model", "a\0b"):
         assert_refused(run_script(name, "the cat", "--model", model), model[:1])
     for file in ("x" * 300, "a\0b"):
         assert_refused(run_script(name, "--file", file, "--model", tiny), file[:1])
@@ -83,12 +90,21 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(ru
     assert "--html" in err
 
 
-@pytest.mark.parametrize("line", [f"/save {'x' * 300}", "/save ~nobody/f", "/load a\0b", "/save a\0b"])
+@pytest.mark.parametrize("line", [f"/save {'x' * 300}", "/save ~no-such-user/f", "/load a\0b", "/save a\0b"])
 def test_a_chat_refuses_such_a_name_too(run_script, tiny: Path, line: str, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     status, _, err = run_script("chat", "--model", tiny, stdin=line.encode())
     assert (status, err.count("\n")) == (2, 1)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/f", "a\0b"])
+def test_such_a_name_does_not_end_a_conversation(name: str):
+    # The loop at a terminal goes on after an InputError alone.
+    conversation = Conversation.__new__(Conversation)
+    conversation.messages = []
+    with pytest.raises(InputError, match=name[:1]):
+        load_script("chat").obey(conversation, f"/save {name}")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +134,7 @@ def test_other_errors_keep_their_traceback(error: Exception):
 
 def test_the_name_of_a_folder_reaches_a_terminal_escaped(monkeypatch):
     screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one gets no bar
     monkeypatch.setattr(
         progress, "Console", lambda **_: rich.console.Console(file=screen, force_terminal=True)
     )

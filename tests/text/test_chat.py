@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -306,15 +307,24 @@ def test_a_template_that_takes_too_much_is_ended(bomb, monkeypatch):
     assert segments(PLAIN, user("a"))  # the next one is rendered
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+@pytest.mark.parametrize("bomb", ["text", "list", "replace"])
+def test_a_template_that_asks_for_too_much_memory_is_refused_it(bomb):
+    with pytest.raises(InputError, match="256 MB"):
+        segments(BOMBS[bomb], user("a"))
+
+
 @unix
 def test_templates_render_in_threads_after_a_fork_and_after_the_process_died(monkeypatch):
     expected = segments(PLAIN, user("a"))
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda name: segments(PLAIN, user(name)), ["a", "b"] * 20))
     assert found[::2] == [expected] * 20
-    child = os.fork()
-    if child == 0:
-        os._exit(segments(PLAIN, user("a")) != expected)
+    assert template.worker._process is not None
+    parents, child = template.worker._process.pid, os.fork()
+    if child == 0:  # two processes on one pipe would get each other's answers
+        wrong = segments(PLAIN, user("a")) != expected or template.worker._process.pid == parents
+        os._exit(wrong)
     assert os.waitpid(child, 0)[1] == 0
     assert template.worker._process is not None
     template.worker._process.kill()
