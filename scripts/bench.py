@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> Results:
     folder = scratch if args.model is None else resolve(args.model)
     config = LlamaConfig() if args.model is None else read_config(folder)
     plan = measure.Plan(args.rounds, args.load_rounds, args.steps, args.contexts, args.prefill, args.rows)
-    if plan.longest > config.max_position_embeddings:
+    if plan.longest > config.context:
         raise InputError(
-            f"sizes: {plan.longest} tokens do not fit the context of {config.max_position_embeddings}; give "
+            f"sizes: {plan.longest} tokens do not fit the context of {config.context}; give "
             "smaller --contexts or --prefill, or fewer --steps"
         )
     parameters = sum(config.parameters.values())

@@ -53,7 +53,7 @@ def main() -> int:
 
     if reply.unknown:
         note(f"the tokenizer has no text for some of the ids: {', '.join(map(str, reply.unknown[:5]))}")
-    old, new, context = len(ids), len(reply.ids), model.config.max_position_embeddings
+    old, new, context = len(ids), len(reply.ids), model.config.context
     if old + new == context and reply.reason == "length":
         note(f"stopped: the context of {context} tokens is full")
     if args.stats:

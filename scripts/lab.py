@@ -104,7 +104,7 @@ def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Sub
     from tinyllama.lab.scorecard import Subject
     from tinyllama.parity import texts
 
-    length = min(args.tokens, model.config.max_position_embeddings)
+    length = min(args.tokens, model.config.context)
     if args.text:
         read = {name: tokenizer.encode(text)[:length] for name, text in args.text.items()}
     else:

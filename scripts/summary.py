@@ -123,7 +123,7 @@ def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
         | {
             f"{dtype} {span}": 2 * config.num_hidden_layers * heads * config.head_dim * size * tokens
             for dtype, size in BYTES.items()
-            for span, tokens in (("token", 1), ("context", config.max_position_embeddings))
+            for span, tokens in (("token", 1), ("context", config.context))
         }
         for name, heads in (("this model", K), ("MHA", H), ("MQA", 1))
     }
@@ -131,7 +131,7 @@ def kv_cache_bytes(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 def context_points(config: LlamaConfig) -> list[int]:
     """Keys that the first token, the middle one and the last one of a full context attend to."""
-    context = config.max_position_embeddings
+    context = config.context
     return sorted({1, max(context // 2, 1), context})
 
 

@@ -19,6 +19,13 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# Every type, with numbers small enough for a text of 64 tokens to pass all borders.
+ROPE_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.5},
+    "llama3": LLAMA3_SCALING,
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0},
+}
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

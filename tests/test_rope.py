@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig as ReferenceConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tests.shapes import LLAMA3_SCALING, tiny_config, tiny_model
+from tests.shapes import LLAMA3_SCALING, ROPE_SCALINGS, tiny_config, tiny_model
+from tinyllama.parity.oracle import rope_frequencies, rope_magnitude
+from tinyllama.parity.reference import config_fields
 from tinyllama.rope import RotaryEmbedding, inverse_frequencies, rotate
 
 CONFIG = tiny_config(head_dim=16)
@@ -56,13 +58,63 @@ def test_half_split_pairs_turn_as_complex_numbers(qk, position):
     )
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3_SCALING])
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}  # as published
+SCALINGS = {
+    "none": {"rope_type": "default"},
+    **ROPE_SCALINGS,
+    "yarn as published": YARN,
+    "yarn, borders not rounded": YARN | {"truncate": False},
+    "yarn, both borders in the first pair": YARN | {"original_max_position_embeddings": 1},
+    "yarn with a magnitude": YARN | {"attention_factor": 1.25},
+    "yarn with two weights": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4},
+    "yarn with one weight": YARN | {"mscale": 0.7},
+    "yarn that shrinks": YARN | {"factor": 0.5},
+}
+
+
+def both(scaling, theta=10000.0, context=48):
+    """Our RoPE and transformers', of one head of 64 dimensions."""
+    config = tiny_config(head_dim=64, rope_theta=theta, rope_scaling=scaling, max_position_embeddings=context)
+    rope = {**scaling, "rope_theta": theta}
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "head_dim": 64, "max_position_embeddings": context}
+    return RotaryEmbedding(config), LlamaRotaryEmbedding(ReferenceConfig(**sizes, rope_parameters=rope))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
-def test_float32_frequencies_are_transformers_to_the_bit(scaling, theta):
-    config = tiny_config(head_dim=64, rope_theta=theta, rope_scaling=scaling)
-    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    reference = ReferenceConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=rope)
-    assert torch.equal(inverse_frequencies(config), LlamaRotaryEmbedding(reference).inv_freq)
+@pytest.mark.parametrize("length", [1, 48, 49, 700])
+def test_float32_angles_are_transformers_to_the_bit(scaling, theta, length):
+    ours, theirs = both(SCALINGS[scaling], theta)
+    assert torch.equal(ours.frequencies(torch.float32, torch.device("cpu")), theirs.inv_freq)
+    for dtype in (torch.float32, torch.bfloat16):
+        cos, sin = ours(torch.arange(length)[None], dtype)
+        expected = theirs(torch.empty(0, dtype=dtype), torch.arange(length)[None])
+        assert torch.equal(cos[:, 0], expected[0])
+        assert torch.equal(sin[:, 0, :, 32:], expected[1][..., 32:])
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("length", [48, 700])
+def test_float64_angles_are_the_oracle_s(scaling, length):
+    # The oracle has every formula from its paper, and shares none with the model.
+    rotary, _ = both(SCALINGS[scaling])
+    fields = config_fields(rotary.config)
+    angles = torch.arange(length)[:, None] * rope_frequencies(fields, length)
+    cos, sin = rotary(torch.arange(length)[None], torch.float64)
+    for got, expected in ((cos[0, 0, :, :32], angles.cos()), (sin[0, 0, :, 32:], angles.sin())):
+        torch.testing.assert_close(got, expected * rope_magnitude(fields), atol=1e-11, rtol=0)
+
+
+def test_dynamic_scaling_begins_beyond_the_context_and_ends_with_the_text():
+    # transformers remembers its longest text until a short one comes; ours has no memory.
+    rotary, _ = both(ROPE_SCALINGS["dynamic"])
+    plain, _ = both(SCALINGS["none"])
+    before = rotary(torch.arange(48)[None], torch.float64)
+    longer = rotary(torch.arange(49)[None], torch.float64)
+    assert not torch.equal(longer[0][:, :, :48], before[0])
+    assert all(map(torch.equal, rotary(torch.arange(48)[None], torch.float64), before))
+    for got, expected in zip(before, plain(torch.arange(48)[None], torch.float64), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
 def test_llama3_scaling_slows_only_long_waves():
@@ -102,3 +154,13 @@ def test_a_model_made_on_the_meta_device_has_its_angles():
     positions = torch.arange(9)[None]
     for rotary in (made, moved):
         assert all(map(torch.equal, rotary(positions, torch.float64), ROTARY(positions, torch.float64)))
+
+
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+def test_one_graph_serves_short_and_long_texts(kind):
+    # A step recorded for the GPU may not ask on the CPU how long the text is.
+    rotary, _ = both(ROPE_SCALINGS[kind])
+    compiled = torch.compile(rotary, fullgraph=True, backend="eager", dynamic=True)
+    for position in (3, 47, 48, 90):
+        at = torch.tensor([[position]])
+        assert all(map(torch.equal, compiled(at, torch.float32), rotary(at, torch.float32)))

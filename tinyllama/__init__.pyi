@@ -8,7 +8,6 @@ from .checkpoints.hub import resolve as resolve
 from .checkpoints.load import load as load
 from .checkpoints.load import load_model as load_model
 from .config import LlamaConfig as LlamaConfig
-from .config import RopeScaling as RopeScaling
 from .errors import InputError as InputError
 from .generation import TokenStream as TokenStream
 from .generation import generate as generate
@@ -18,6 +17,7 @@ from .hooks import addresses as addresses
 from .hooks import capture as capture
 from .hooks import patch as patch
 from .model import Llama as Llama
+from .rope_scaling import RopeScaling as RopeScaling
 from .sampler import NonFiniteLogitsError as NonFiniteLogitsError
 from .sampler import Sampler as Sampler
 from .text.reply import TextReply as TextReply

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 from tinyllama.errors import InputError
+from tinyllama.fields import check_fields
+from tinyllama.rope_scaling import DynamicScaling, RopeScaling, YarnScaling
 
 # Absurd sizes are refused before anything is computed from them: the largest Llama has 4e11 parameters and
 # 16,384 channels.
-MAX_INTEGER = 2**31 - 1
 MAX_PARAMETERS = 2**40
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's stretching of low RoPE frequencies (`rope_type: llama3`); see `rope.inverse_frequencies`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be computed with."""
-        _check_types(self, "rope_scaling.")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise InputError("rope_scaling: high_freq_factor must exceed low_freq_factor; correct the file")
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,7 @@ class LlamaConfig:
     num_attention_heads: int = 32  # H
     num_key_value_heads: int = 4  # K
     head_dim: int = 64  # D
-    max_position_embeddings: int = 2048  # context length in tokens
+    max_position_embeddings: int = 2048  # in tokens; see `context`
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -56,7 +38,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be computed with."""
-        _check_types(self)
+        check_fields(self)
         if sum(self.parameters.values()) > MAX_PARAMETERS:
             total = sum(self.parameters.values())
             raise InputError(f"the sizes make {total:.0e} parameters, expected {MAX_PARAMETERS:.0e} at most")
@@ -69,6 +51,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim: RoPE rotates pairs, so it must be even, got {self.head_dim}")
+        if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim == 2:
+            raise InputError("head_dim: dynamic RoPE leaves the first pair alone, so it must exceed 2, got 2")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise InputError(f"rope_theta: YaRN's must exceed 1, got {self.rope_theta:g}; correct the file")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
@@ -82,6 +68,12 @@ class LlamaConfig:
         return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
     @property
+    def context(self) -> int:
+        """How many tokens a text may have."""
+        scaling = self.rope_scaling
+        return self.max_position_embeddings if scaling is None else scaling.context(self)
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Parameters per part of the model, from the shape alone; a tied head counts once, as embedding."""
         C, F, D = self.hidden_size, self.intermediate_size, self.head_dim
@@ -93,30 +85,3 @@ class LlamaConfig:
             "norms": (2 * L + 1) * C,
             "head": 0 if self.tie_word_embeddings else self.vocab_size * C,
         }
-
-
-def _check_types(values: LlamaConfig | RopeScaling, prefix: str = "") -> None:
-    """Refuse numbers that are not positive and finite, and flags that are not booleans."""
-    for field in dataclasses.fields(values):
-        name, value = prefix + field.name, getattr(values, field.name)
-        if field.type == "int":  # annotations are strings here, by the first import
-            positive_integer(name, value)
-        # Python's integers may exceed every float.
-        elif field.type == "float":
-            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-                raise InputError(
-                    f"{name}: expected a positive finite number, got {value!r:.80}; correct the file"
-                )
-            object.__setattr__(values, field.name, float(value))  # PyTorch's integers end at 2^63
-        elif field.type == "bool" and not isinstance(value, bool):
-            raise InputError(f"{name}: expected true or false, got {value!r}; correct the file")
-
-
-def positive_integer(name: str, value: Any) -> int:
-    """The value, if it is a positive integer that a size can have; raises InputError that names it."""
-    # bool is a subclass of int, and `true` is no layer count.
-    if type(value) is not int or not 0 < value <= MAX_INTEGER:
-        raise InputError(
-            f"{name}: expected a positive integer up to {MAX_INTEGER}, got {value!r:.80}; correct the file"
-        )
-    return value

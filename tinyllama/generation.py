@@ -232,7 +232,7 @@ def _limit(model: Llama, prompt: Sequence[int], max_new_tokens: int) -> int:
         raise InputError(
             f"prompt: expected ids from 0 to {config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
         )
-    context = config.max_position_embeddings
+    context = config.context
     if len(prompt) >= context:
         raise InputError(f"prompt: {len(prompt)} tokens do not fit the context of {context}; shorten it")
     return min(max_new_tokens, context - len(prompt))

@@ -6,40 +6,28 @@ their own positions, q.k depends only on the distance between them.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from tinyllama.config import LlamaConfig
+from tinyllama.rope_scaling import DynamicScaling
 
 
 def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Radians per position for each of the D/2 dimension pairs: theta^(-2i/D).
-
-    With Llama 3.1's scaling (`rope_type: llama3`; Meta's llama-models, `apply_scaling`) a pair whose
-    wavelength exceeds the original context turns `factor` times slower, one well within it keeps its speed,
-    and between the two borders the speed is interpolated.
+    """Radians per position for each of the D/2 dimension pairs: theta^(-2i/D), or what a scaling makes of it.
 
     Returns:
         (D/2,) on the CPU. The order of operations is transformers', so that float32 agrees to the bit.
     """
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").to(dtype) / D
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
+    exponents = _exponents(config, dtype, "cpu")
+    if config.rope_scaling is not None:
+        return config.rope_scaling.frequencies(exponents, config)
+    return 1.0 / config.rope_theta**exponents
 
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    context = scaling.original_max_position_embeddings
-    wavelengths = 2 * math.pi / frequencies
-    slowed = frequencies / scaling.factor
-    smooth = (context / wavelengths - low) / (high - low)
-    between = (1 - smooth) * slowed + smooth * frequencies
-    return torch.where(
-        wavelengths > context / low, slowed, torch.where(wavelengths < context / high, frequencies, between)
-    )
+
+def _exponents(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """2i/D for each pair i."""
+    return torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).to(dtype) / config.head_dim
 
 
 class RotaryEmbedding(nn.Module):
@@ -73,8 +61,15 @@ class RotaryEmbedding(nn.Module):
         """
         working = torch.promote_types(dtype, torch.float32)
         frequencies = self.frequencies(working, positions.device)  # (D/2,)
+        scaling = self.config.rope_scaling
+        if isinstance(scaling, DynamicScaling):  # the one kind that changes with the text
+            length = positions.max() + 1
+            exponents = _exponents(self.config, working, positions.device)
+            grown = scaling.frequencies(exponents, self.config, length)
+            frequencies = torch.where(length > self.config.max_position_embeddings, grown, frequencies)
         angles = positions[:, None, :, None].to(working) * frequencies  # (B, 1, T, D/2)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        magnitude = 1.0 if scaling is None else scaling.magnitude
+        cos, sin = (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

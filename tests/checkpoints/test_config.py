@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 
-from tests.shapes import LLAMA3_SCALING, TINY, tiny_model
+from tests.shapes import LLAMA3_SCALING, ROPE_SCALINGS, TINY, tiny_model
 from tinyllama.checkpoints.config_file import config_from_dict, read_config
-from tinyllama.config import LlamaConfig, RopeScaling
+from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.rope_scaling import SCALINGS, YarnScaling
 
 # As the repositories on the Hub have them.
 TINYLLAMA_CHAT = """
@@ -50,7 +51,6 @@ SMOLLM2_135M = """
     "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
     "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152}
 """
-SCALING = {name: value for name, value in LLAMA3_SCALING.items() if name != "rope_type"}
 
 
 def folder_with(tmp_path: Path, **files: Any) -> Path:
@@ -80,11 +80,9 @@ def assert_same(ours: LlamaConfig, theirs: transformers.LlamaConfig) -> None:
         if not field.name.startswith("rope_"):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
     rope = dict(theirs.rope_parameters)
-    assert (ours.rope_theta, rope.pop("rope_type")) == (
-        rope.pop("rope_theta"),
-        "llama3" if ours.rope_scaling else "default",
-    )
-    assert ours.rope_scaling == (RopeScaling(**rope) if rope else None)
+    assert ours.rope_theta == rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    assert ours.rope_scaling == (SCALINGS[kind](**rope) if kind != "default" else None)
 
 
 @pytest.mark.parametrize(
@@ -102,27 +100,62 @@ def test_the_defaults_are_tinyllama_s():
     assert config_from_dict(json.loads(TINYLLAMA_CHAT)) == LlamaConfig()
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING])
-def test_every_spelling_of_rope_means_the_same(scaling: dict[str, Any] | None):
-    kind = "llama3" if scaling else "default"
-    older = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"rope_type": kind, **scaling}}
-    oldest = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and {"type": kind, **scaling}}
-    newer = {**TINY, "rope_parameters": {"rope_theta": 5e5, "rope_type": kind, **(scaling or {})}}
+ALL_SCALINGS = [{"rope_type": "default"}, *ROPE_SCALINGS.values()]
+
+
+@pytest.mark.parametrize("rope", ALL_SCALINGS, ids=lambda rope: rope["rope_type"])
+def test_every_spelling_of_rope_means_the_same(rope: dict[str, Any]):
+    oldest = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
+    newer = {**TINY, "rope_parameters": {"rope_theta": 5e5, **rope}}
     config = config_from_dict(newer)
-    assert config_from_dict(older) == config_from_dict(oldest) == config
+    for older in (rope, oldest):
+        assert config_from_dict({**TINY, "rope_theta": 5e5, "rope_scaling": older}) == config
     assert config.rope_theta == 5e5
-    assert config.rope_scaling == (RopeScaling(**scaling) if scaling else None)
+    kind, fields = rope["rope_type"], {name: rope[name] for name in rope if name != "rope_type"}
+    assert config.rope_scaling == (SCALINGS[kind](**fields) if kind != "default" else None)
     assert config_from_dict({**newer, "rope_theta": 5e5}) == config
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING])
-def test_what_transformers_writes_is_read(tmp_path: Path, scaling: dict[str, Any] | None):
-    rope = {"rope_theta": 2e4, "rope_type": "llama3" if scaling else "default", **(scaling or {})}
-    theirs = transformers.LlamaConfig(**TINY, head_dim=16, rope_parameters=rope, dtype="bfloat16")
+@pytest.mark.parametrize("rope", ALL_SCALINGS, ids=lambda rope: rope["rope_type"])
+def test_what_transformers_writes_is_read(tmp_path: Path, rope: dict[str, Any]):
+    theirs = transformers.LlamaConfig(
+        **TINY, head_dim=16, rope_parameters={"rope_theta": 2e4, **rope}, dtype="bfloat16"
+    )
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
     assert ours == config_from_dict(json.loads(json.dumps(theirs.to_dict())))
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("published", "context"),
+    [
+        # lmsys/vicuna-7b-v1.5-16k, deepseek-ai/deepseek-coder-6.7b-base, NousResearch/Yarn-Llama-2-7b-64k
+        ({"max_position_embeddings": 4096, "max_sequence_length": 16384,
+          "rope_scaling": {"factor": 4.0, "type": "linear"}}, 16384),
+        ({"max_position_embeddings": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"}}, 16384),
+        ({"max_position_embeddings": 65536, "rope_scaling": {"factor": 16.0, "type": "yarn",
+          "original_max_position_embeddings": 4096, "finetuned": True}}, 65536),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"factor": 16.0, "type": "yarn",
+          "original_max_position_embeddings": 4096, "attention_factor": None}}, 65536),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"factor": 2, "type": "dynamic"}}, 4096),
+        ({"max_position_embeddings": 2048, "max_sequence_length": 4096}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"factor": 1e300, "type": "dynamic"}}, 2**31 - 1),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"factor": 0.1, "type": "dynamic"}}, 2048),
+    ],
+)  # fmt: skip
+def test_the_context_is_the_stretched_one_however_the_file_says_it(published: dict[str, Any], context: int):
+    assert config_from_dict({**TINY, **published}).context == context
+
+
+def test_an_original_context_that_is_not_given_is_the_file_s_own_as_in_transformers():
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    ours = config_from_dict({**TINY, "rope_scaling": rope})
+    assert isinstance(ours.rope_scaling, YarnScaling)
+    theirs = transformers.LlamaConfig(**TINY, rope_parameters={**rope, "rope_theta": 1e4}).rope_parameters
+    own = TINY["max_position_embeddings"]
+    assert ours.rope_scaling.original_max_position_embeddings == own
+    assert theirs["original_max_position_embeddings"] == own
 
 
 def test_absent_fields_take_the_defaults_of_transformers():
@@ -243,8 +276,18 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], parts: list[
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, "got 'linear'"),
-        ({"type": "dynamic", "factor": 2.0}, "got 'dynamic'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "got 'longrope'"),
+        ({"type": "su", "factor": 2.0}, "got 'su'"),
+        ({"type": "linear"}, r"linear RoPE: expected the fields \['factor'\], got \[\]"),
+        ({"type": "linear", "factor": None}, r"expected the fields \['factor'\], got \[\]"),
+        ({"type": "dynamic", "factor": 0}, "rope_scaling.factor: .*got 0"),
+        ({"type": "dynamic", "factor": 2.0, "alpha": 8}, "got .*'alpha'"),
+        ({"type": "yarn", "factor": 2.0, "beta_fast": 0.5}, "beta_fast must exceed beta_slow"),
+        ({"type": "yarn", "factor": 2.0, "beta_fast": 1e300}, "beta_fast must .* 1e.06 at most"),
+        ({"type": "yarn", "factor": 2.0, "mscale": -1}, "rope_scaling.mscale: .*got -1"),
+        ({"type": "yarn", "factor": 2.0, "truncate": 1}, "rope_scaling.truncate: expected true or false"),
+        ({"type": "yarn", "factor": 2.0, "beta": 1}, "and perhaps .*'beta_fast'.*got .*'beta'"),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "original_max"),
         ({"rope_type": None}, "got None"),
         ({"rope_type": ["llama3"]}, r"got \['llama3'\]"),
         ({"rope_type": "default", "factor": 2.0}, r"expected the fields \[\], got \['factor'\]"),
@@ -285,6 +328,10 @@ def test_absurd_sizes_are_refused_at_once():
 def test_direct_construction_is_checked_too():
     with pytest.raises(InputError, match="hidden_size"):
         LlamaConfig(hidden_size=0)
+    with pytest.raises(InputError, match=r"head_dim: dynamic RoPE .* must exceed 2"):
+        config_from_dict({**TINY, "head_dim": 2, "rope_scaling": ROPE_SCALINGS["dynamic"]})
+    with pytest.raises(InputError, match="rope_theta: YaRN's must exceed 1"):
+        config_from_dict({**TINY, "rope_theta": 1.0, "rope_scaling": ROPE_SCALINGS["yarn"]})
     with pytest.raises(InputError, match="expected a RopeScaling"):
         LlamaConfig(rope_scaling=LLAMA3_SCALING)
 

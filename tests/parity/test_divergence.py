@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tinyllama.attention
-from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
+from tests.shapes import ROPE_SCALINGS, some_ids, tiny_model
 from tinyllama.attention import eager
 from tinyllama.kernels import KERNELS
 from tinyllama.parity import bisect, oracle_logits
@@ -185,9 +185,17 @@ def test_a_wrong_rotation_is_found(wrong, why):
     assert (found.address, found.suspect) == (Q_ROT, why)
 
 
-def test_rope_scaling_that_is_left_out_is_named():
-    found = search_model(tiny_model(), rope_scaling=LLAMA3_SCALING)
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+def test_rope_scaling_that_is_left_out_is_named(kind):
+    context = {"max_position_embeddings": T // 2}  # so that a dynamic one acts
+    found = search_model(tiny_model(**context), rope_scaling=ROPE_SCALINGS[kind], **context)
     assert (found.address, found.suspect) == (Q_ROT, "RoPE scaling is left out")
+
+
+def test_a_factor_of_yarn_s_that_is_left_out_is_named():
+    yarn = ROPE_SCALINGS["yarn"]
+    found = search_model(tiny_model(rope_scaling=yarn | {"attention_factor": 1.0}), rope_scaling=yarn)
+    assert (found.address, found.suspect) == (Q_ROT, "YaRN's factor on cos and sin is left out")
 
 
 def test_what_is_found_comes_with_its_numbers():
@@ -235,10 +243,9 @@ def test_a_reader_may_give_only_some_values():
 # --- every suspect ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_every_suspect_is_named_where_it_is_the_truth(scaled):
-    changes = {"rope_scaling": LLAMA3_SCALING} if scaled else {}
-    model = tiny_model(dtype=torch.float64, **changes)
+@pytest.mark.parametrize("scaling", [None, "llama3", "yarn"])
+def test_every_suspect_is_named_where_it_is_the_truth(scaling):
+    model = tiny_model(dtype=torch.float64, rope_scaling=ROPE_SCALINGS.get(scaling))
     config, weights = config_fields(model.config), model.state_dict()
     named = set()
     for layer, before in ((None, "embed_tokens"), (2, "layers.1")):

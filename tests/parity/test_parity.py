@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
+from tests.shapes import ROPE_SCALINGS, some_ids, tiny_model
 from tinyllama.checkpoints.load import load_model
 from tinyllama.kernels import KERNELS
 from tinyllama.parity import difference, judge, oracle_logits
@@ -47,7 +47,10 @@ SHAPES = {
     "MHA": {"num_key_value_heads": 8},
     "MQA": {"num_key_value_heads": 1},
     "tied head": {"tie_word_embeddings": True},
-    "llama3 RoPE": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
+    **{
+        f"{kind} RoPE": {"rope_scaling": rope, "rope_theta": 500000.0, "max_position_embeddings": 40}
+        for kind, rope in ROPE_SCALINGS.items()
+    },
     "head_dim unlike hidden/heads": {"head_dim": 22},
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
     "eps 1e-6": {"rms_norm_eps": 1e-6},

@@ -67,7 +67,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
 
 def write_settings(writer: gguf.GGUFWriter, config: LlamaConfig, file_type: int) -> None:
     """Write the config, under GGUF's names."""
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(config.context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

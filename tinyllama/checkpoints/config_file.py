@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.checkpoints.files import read_json
-from tinyllama.config import LlamaConfig, RopeScaling, positive_integer
+from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
+from tinyllama.fields import positive_integer
+from tinyllama.rope_scaling import SCALINGS, RopeScaling
 
 # Fields with no effect on the forward pass: about the file, training or generation defaults.
 IGNORED = """
@@ -140,14 +142,36 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
     kind = rope.pop("rope_type", older)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor: only 1.0 is implemented; use another model")
-    if kind not in ("default", "llama3"):
-        raise InputError(
-            f"RoPE type: only 'default' and 'llama3' are implemented, got {kind!r}; use another model"
+    scaling = None if kind == "default" and not rope else _scaling(kind, rope, values)
+    fields: dict[str, Any] = {"rope_theta": thetas[0] if thetas else 10000.0, "rope_scaling": scaling}
+    # Vicuna's files have the stretched context under this name, and the original one where others have it.
+    longer = values.get("max_sequence_length")
+    if kind == "linear" and longer is not None:
+        own = values.get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+        fields["max_position_embeddings"] = max(
+            positive_integer("max_sequence_length", longer), positive_integer("max_position_embeddings", own)
         )
-    names = {field.name for field in dataclasses.fields(RopeScaling)} if kind == "llama3" else set()
-    if rope.keys() != names:
+    return fields
+
+
+def _scaling(kind: Any, rope: dict[str, Any], values: dict[str, Any]) -> RopeScaling:
+    """The scaling of that type, from its fields in the file."""
+    if not isinstance(kind, str) or kind not in ("default", *SCALINGS):
         raise InputError(
-            f"{kind} RoPE: expected the fields {sorted(names)}, got {sorted(rope)}; correct the file"
+            f"RoPE type: only default, {', '.join(SCALINGS)} are implemented, got {kind!r:.80}; "
+            "use another model"
         )
-    theta = thetas[0] if thetas else 10000.0
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**rope) if rope else None}
+    given = {name: value for name, value in rope.items() if value is not None}
+    given.pop("finetuned", None)  # how a YaRN came about
+    possible = dataclasses.fields(SCALINGS[kind]) if kind in SCALINGS else ()
+    required = {field.name for field in possible if field.default is dataclasses.MISSING}
+    if "original_max_position_embeddings" in required and "max_position_embeddings" in values:
+        given.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    optional = {field.name for field in possible} - required
+    if not required <= given.keys() <= required | optional:
+        perhaps = f" and perhaps {sorted(optional)}" if optional else ""
+        raise InputError(
+            f"{kind} RoPE: expected the fields {sorted(required)}{perhaps}, got {sorted(given)}; "
+            "correct the file"
+        )
+    return SCALINGS[kind](**given)

@@ -155,7 +155,14 @@ def without_rope(q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tenso
     mask = context.mask
     q_cos, q_sin = mask.rotary(mask.query_positions, q.dtype)
     k_cos, k_sin = mask.rotary(mask.key_positions, k.dtype)
-    return rotate(q, q_cos, -q_sin), rotate(k, k_cos, -k_sin)
+    # Divided by their squared length, which only YaRN's have: it makes queries and keys longer as well.
+    return rotate(q, q_cos, -q_sin) / _squared_length(q_cos, q_sin), rotate(
+        k, k_cos, -k_sin
+    ) / _squared_length(k_cos, k_sin)
+
+
+def _squared_length(cos: Tensor, sin: Tensor) -> Tensor:
+    return cos.square() + sin.square()
 
 
 def _require(kept: bool, what: str, expected: str, got: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyllama.parity.oracle import rope_frequencies
+from tinyllama.parity.oracle import rope_frequencies, rope_magnitude
 from tinyllama.parity.scene import Scene, Suspects, rounded, short
 
 
@@ -20,17 +20,19 @@ def rope(scene: Scene) -> Suspects:
     positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)[:, None]
 
     def frequencies(**changes: float | None) -> Tensor:
-        return rope_frequencies({**scene.config, **changes}).to(x.device)
+        return rope_frequencies({**scene.config, **changes}, x.shape[1]).to(x.device)
 
-    def turn(angles: Tensor) -> Tensor:
-        return rotated(angles.cos(), angles.sin())
+    magnitude = rope_magnitude(scene.config)
+
+    def turn(angles: Tensor, magnitude: float = magnitude) -> Tensor:
+        return rotated(angles.cos() * magnitude, angles.sin() * magnitude)
 
     def rotated(cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     angles = positions * frequencies()  # (T, D/2)
     yield "", turn(angles)
-    a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
+    a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos() * magnitude, angles.sin() * magnitude
     interleaved = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     yield "RoPE pairing is interleaved: 2i with 2i + 1, as in Meta's files", interleaved
     yield "RoPE is not applied", x
@@ -40,13 +42,15 @@ def rope(scene: Scene) -> Suspects:
     mixed = x * cos + torch.cat((-second, first), dim=-1) * sin
     yield "cos and sin are laid out in interleaved pairs, but x is rotated by halves", mixed
     if scene.config.get("rope_scaling"):
-        yield "RoPE scaling is left out", turn(positions * frequencies(rope_scaling=None))
+        yield "RoPE scaling is left out", turn(positions * frequencies(rope_scaling=None), 1.0)
+        if magnitude != 1:
+            yield "YaRN's factor on cos and sin is left out", turn(angles, 1.0)
     elif fitted := _fit_theta(x, scene.observed):
         yield f"theta is {fitted:g}, not {theta:g}", turn(positions * frequencies(rope_theta=fitted))
     for dtype in (torch.bfloat16, torch.float16):
         low = positions.to(dtype) * frequencies().to(torch.float32).to(dtype)
         yield f"angles are computed in {short(dtype)}", turn(low.to(torch.float64))
-        cos, sin = low.cos().to(torch.float64), low.sin().to(torch.float64)
+        cos, sin = (f.to(torch.float64) * magnitude for f in (low.cos(), low.sin()))
         yield f"angles are computed in {short(dtype)}", rotated(cos, sin)
 
 

@@ -79,27 +79,69 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _turns(config: Mapping[str, Any], length: int, device: torch.device) -> Tensor:
-    """The unit complex numbers e^(i * position * frequency), (T, D/2)."""
+    """The complex numbers r e^(i * position * frequency), (T, D/2); r is 1 for all but YaRN."""
     positions = torch.arange(length, dtype=torch.float64, device=device)
-    angles = positions[:, None] * rope_frequencies(config).to(device)
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = positions[:, None] * rope_frequencies(config, length).to(device)
+    return torch.polar(torch.full_like(angles, rope_magnitude(config)), angles)
 
 
-def rope_frequencies(config: Mapping[str, Any]) -> Tensor:
-    """Radians per position of each dimension pair, (D/2,) in float64."""
-    D = config["head_dim"]
-    frequencies = [config["rope_theta"] ** (-2 * pair / D) for pair in range(D // 2)]
-    if config.get("rope_scaling"):
-        frequencies = [_stretched(frequency, config["rope_scaling"]) for frequency in frequencies]
+def rope_frequencies(config: Mapping[str, Any], length: int) -> Tensor:
+    """Radians per position of each dimension pair, (D/2,) in float64, in a text of that length."""
+    D, theta, scaling = config["head_dim"], config["rope_theta"], config.get("rope_scaling") or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    if kind == "dynamic":
+        stretch = max(length / config["max_position_embeddings"], 1.0)
+        theta *= (1 + factor * (stretch - 1)) ** (D / (D - 2))
+    frequencies = [theta ** (-2 * pair / D) for pair in range(D // 2)]
+    if kind == "linear":
+        frequencies = [frequency / factor for frequency in frequencies]
+    elif kind in ("llama3", "yarn"):
+        kept = _kept_by_llama3 if kind == "llama3" else _kept_by_yarn
+        shares = [kept(pair, frequency, config, scaling) for pair, frequency in enumerate(frequencies)]
+        frequencies = [
+            frequency * (share + (1 - share) / factor)
+            for share, frequency in zip(shares, frequencies, strict=True)
+        ]
     return torch.tensor(frequencies, dtype=torch.float64)
 
 
-def _stretched(frequency: float, scaling: Mapping[str, Any]) -> float:
-    """Llama 3.1's rule, by how often the wave fits into the original context."""
+def _kept_by_llama3(
+    pair: int, frequency: float, config: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> float:
+    """Which share of its speed a pair keeps: by how often its wave fits into the original context."""
     waves = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = min(max((waves - low) / (high - low), 0.0), 1.0)
-    return frequency * (share + (1 - share) / scaling["factor"])
+    return min(max((waves - low) / (high - low), 0.0), 1.0)
+
+
+def _kept_by_yarn(
+    pair: int, frequency: float, config: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> float:
+    """Which share of its speed a pair keeps: by its place between two pairs, of many turns and of few."""
+    D, context = config["head_dim"], scaling["original_max_position_embeddings"]
+    # The pair whose wave fits `turns` times: theta^(-2 pair / D) * context = 2 pi turns.
+    many, few = (
+        D / 2 * math.log(context / (2 * math.pi * turns), config["rope_theta"])
+        for turns in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    if scaling["truncate"]:
+        many, few = math.floor(many), math.ceil(few)
+    many, few = max(many, 0), min(few, D - 1)
+    # Where both are one pair transformers puts 0.001 between them.
+    return 1 - min(max((pair - many) / (few - many or 0.001), 0.0), 1.0)
+
+
+def rope_magnitude(config: Mapping[str, Any]) -> float:
+    """How much longer RoPE makes queries and keys: YaRN's paper, 0.1 ln(factor) + 1."""
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling["attention_factor"] is not None:
+        return scaling["attention_factor"]
+    growth = 0.1 * max(math.log(scaling["factor"]), 0.0)
+    if scaling["mscale"] is None or scaling["mscale_all_dim"] is None:
+        return growth + 1
+    return (growth * scaling["mscale"] + 1) / (growth * scaling["mscale_all_dim"] + 1)
 
 
 def _turn(head: Tensor, turns: Tensor) -> Tensor:

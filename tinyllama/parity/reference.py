@@ -33,7 +33,7 @@ def config_fields(config: LlamaConfig) -> dict[str, Any]:
     """The config as the fields of config.json, in transformers 4's spelling."""
     fields = asdict(config)
     if config.rope_scaling is not None:
-        fields["rope_scaling"]["rope_type"] = "llama3"
+        fields["rope_scaling"]["rope_type"] = config.rope_scaling.rope_type
     return fields
 
 

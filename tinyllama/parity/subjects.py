@@ -97,6 +97,7 @@ class Checkpoint:
         Raises:
             InputError: a text has too few tokens for a next one.
         """
+        # Not `context`: beyond this, dynamic RoPE turns a step's keys by other angles than a whole text's.
         context = self.config.max_position_embeddings
         if self.own_texts is None:
             length = min(extent.positions, context)

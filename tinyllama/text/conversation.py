@@ -59,7 +59,7 @@ class Conversation:
     ) -> None:
         self.messages = list(messages)
         self.last: Turn | None = None
-        self.context = model.config.max_position_embeddings
+        self.context = model.config.context
         self._model, self._tokenizer, self._strict = model, tokenizer, strict
         self._cache = model.new_cache(1, 0)
         self._cached_ids: list[int] = []

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.checkpoints.files import AGAIN, read_bytes, read_json
-from tinyllama.config import MAX_INTEGER
 from tinyllama.errors import InputError
+from tinyllama.fields import MAX_INTEGER
 from tinyllama.text.special_tokens import check_text
 
 # Far above what real ones have: Llama 3.1's template has 4 kB, its longest special token 31 characters.
