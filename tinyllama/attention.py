@@ -39,9 +39,17 @@ class AttentionMask:
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(queries: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding) -> AttentionMask:
-        """A query sees the keys at its own position and before; nothing sees padding (position -1)."""
+    def of(
+        queries: Tensor, keys: Tensor, causal: bool, rotary: RotaryEmbedding, window: int | None = None
+    ) -> AttentionMask:
+        """A query sees the keys at its own position and before; nothing sees padding (position -1).
+
+        With a window it sees that many of them, the nearest ones (Mistral 7B v0.1, arXiv:2310.06825).
+        """
         allowed = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
+        if window is not None:
+            allowed &= queries[:, :, None] - keys[:, None, :] < window
+            causal = causal and keys.shape[1] <= window
         return AttentionMask(allowed[:, None], queries, keys, causal, rotary)
 
     def where(self, also: Tensor) -> AttentionMask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinyllama.errors import InputError
-from tinyllama.fields import check_fields
+from tinyllama.fields import check_fields, positive_integer
 from tinyllama.rope_scaling import DynamicScaling, RopeScaling, YarnScaling
 
 # Absurd sizes are refused before anything is computed from them: the largest Llama has 4e11 parameters and
@@ -32,6 +32,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # how many keys a query sees, itself included (Mistral v0.1)
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -51,6 +52,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim: RoPE rotates pairs, so it must be even, got {self.head_dim}")
+        if self.sliding_window is not None:
+            positive_integer("sliding_window", self.sliding_window)
         if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim == 2:
             raise InputError("head_dim: dynamic RoPE leaves the first pair alone, so it must exceed 2, got 2")
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:

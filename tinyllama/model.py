@@ -119,7 +119,7 @@ class Llama(nn.Module):
             keys = positions
         else:
             keys = torch.arange(cache.capacity, device=ids.device)[None]
-        mask = AttentionMask.of(positions, keys, causal, self.rotary)
+        mask = AttentionMask.of(positions, keys, causal, self.rotary, self.config.sliding_window)
         x = self.embed_tokens(ids).to(self.dtype)  # (B, T, C)
         rotation = self.rotary(positions, x.dtype)
         for block in self.layers:

@@ -192,6 +192,17 @@ def test_rope_scaling_that_is_left_out_is_named(kind):
     assert (found.address, found.suspect) == (Q_ROT, "RoPE scaling is left out")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [(None, "the sliding window is left out"), (11, "the sliding window is one token longer")],
+)
+def test_a_wrong_sliding_window_is_named(wrong, why):
+    found = search_model(
+        tiny_model(model_type="mistral", sliding_window=wrong), model_type="mistral", sliding_window=10
+    )
+    assert (found.address, found.suspect) == ("layers.0.self_attn.scores", why)
+
+
 def test_a_factor_of_yarn_s_that_is_left_out_is_named():
     yarn = ROPE_SCALINGS["yarn"]
     found = search_model(tiny_model(rope_scaling=yarn | {"attention_factor": 1.0}), rope_scaling=yarn)

@@ -52,6 +52,7 @@ SHAPES = {
         for kind, rope in ROPE_SCALINGS.items()
     },
     "head_dim unlike hidden/heads": {"head_dim": 22},
+    "sliding window": {"model_type": "mistral", "sliding_window": 10},
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
     "eps 1e-6": {"rms_norm_eps": 1e-6},
 }

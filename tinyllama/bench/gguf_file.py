@@ -34,14 +34,15 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         kind: "F16", or "Q8_0": blocks of 32 int8 with a float16 scale.
 
     Raises:
-        InputError: `gguf` is not installed, or the checkpoint has scaled RoPE, which this does not write.
+        InputError: `gguf` is not installed, or the checkpoint has scaled RoPE or a window.
     """
     require("gguf", "pip install gguf")
     import gguf
 
     config = read_config(folder)
-    if config.rope_scaling is not None:
-        raise InputError("rope_scaling: cannot be written as GGUF here; use a shape without it")
+    for name in ("rope_scaling", "sliding_window"):
+        if getattr(config, name) is not None:
+            raise InputError(f"{name}: cannot be written as GGUF here; use a shape without it")
     quantisation = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "llama")
     write_settings(writer, config, gguf.LlamaFileType[f"MOSTLY_{kind}"])

@@ -32,15 +32,25 @@ FIXED: dict[str, Any] = {
     "is_encoder_decoder": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
-    "sliding_window": None,
     "quantization_config": None,
 }
 
-# model_type -> the architecture, and the fields that its file must have because their defaults in
-# transformers are not a Llama's: a Mistral without `sliding_window` has one of 4,096 tokens.
-FAMILY: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("LlamaForCausalLM", ()),
-    "mistral": ("MistralForCausalLM", ("num_key_value_heads", "sliding_window")),
+# model_type -> the architecture, and transformers' defaults for absent fields where they are not a Llama's.
+FAMILY: dict[str, tuple[str, dict[str, int]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": (
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    ),
+}
+
+# Relatives that are refused -> what they would need.
+RELATIVES = {
+    "qwen2": "biases on q_proj, k_proj and v_proj",
+    "qwen3": "a norm of each head's q and k before RoPE",
+    "gemma": "norm weights as 1 + w, scaled embeddings and GELU",
+    "phi3": "q, k and v, and gate and up, in one matrix each",
+    "mixtral": "a choice among several MLPs for each token",
 }
 
 
@@ -92,10 +102,13 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
 
     kind = values.get("model_type") or "llama"
     if not isinstance(kind, str) or kind not in FAMILY:
+        needs = f", which needs {RELATIVES[kind]}" if isinstance(kind, str) and kind in RELATIVES else ""
         raise InputError(
-            f"model_type: only {' and '.join(FAMILY)} are implemented, got {kind!r:.80}; use another model"
+            f"model_type: only {' and '.join(FAMILY)} are implemented, got {kind!r:.80}{needs}; "
+            "use another model"
         )
-    architecture, own = FAMILY[kind]
+    architecture, defaults = FAMILY[kind]
+    values = {**defaults, **values}
     if (named := values.get("architectures")) not in ([architecture], None):
         raise InputError(f"architectures: expected [{architecture!r}], got {named!r:.80}; use another model")
     used = {field.name for field in dataclasses.fields(LlamaConfig)}
@@ -106,10 +119,14 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
             f"unknown field(s) {', '.join(unknown)}; remove them if they do not change the computation"
         )
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in (*required, *own) if name not in values]
+    missing = [name for name in required if name not in values]
     if missing:
         raise InputError(f"missing field(s) {', '.join(missing)}; is this the config.json of a Llama model?")
 
+    if kind == "llama" and values.get("sliding_window") is not None:
+        raise InputError(
+            "sliding_window: a Llama has none (transformers ignores it); remove it or use another model"
+        )
     fields = {name: values[name] for name in used & values.keys()}
     heads = positive_integer("num_attention_heads", values["num_attention_heads"])
     if fields.get("num_key_value_heads") is None:

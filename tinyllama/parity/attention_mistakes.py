@@ -91,15 +91,21 @@ def _scored(scene: Scene) -> Suspects:
     H, T, _ = q.shape
     C, D = scene.config["hidden_size"], scene.config["head_dim"]
 
-    def masked(scale: float = D**-0.5, tiled: bool = False, leak: int = 0) -> Tensor:
+    window = scene.config.get("sliding_window") or T
+
+    def masked(scale: float = D**-0.5, tiled: bool = False, leak: int = 0, window: int = window) -> Tensor:
         products = q @ _served(k, H, tiled).transpose(1, 2) * scale
-        return products.masked_fill(~_triangle(T, leak).to(q.device), -math.inf)
+        visible = _triangle(T, leak).triu(1 - window)
+        return products.masked_fill(~visible.to(q.device), -math.inf)
 
     yield "", masked()
     yield TILED, masked(tiled=True)
     yield "mask leaks one token", masked(leak=1)
     yield "nothing is masked: a token sees the future", masked(leak=T)
     yield "a token cannot see itself", masked(leak=-1)
+    if window < T:
+        yield "the sliding window is left out", masked(window=T)
+        yield "the sliding window is one token longer", masked(window=window + 1)
     scales = {
         "1/sqrt(hidden_size)": C**-0.5,
         "1/head_dim": 1 / D,

@@ -40,6 +40,7 @@ def oracle_logits(
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     device = weights["embed_tokens.weight"].device
     turns = _turns(config, len(ids), device)
+    hidden = _hidden(config, len(ids)).to(device)
 
     def weight(name: str) -> Tensor:
         return weights[name + ".weight"].to(torch.float64)
@@ -58,7 +59,7 @@ def oracle_logits(
     def block(x: Tensor, at: str) -> Tensor:
         h = norm(at + "input_layernorm", x)
         q, k, v = (times(f"{at}self_attn.{name}_proj", h) for name in "qkv")
-        z = _attention(q, k, v, heads, kv_heads, turns, at + "self_attn.", trace)
+        z = _attention(q, k, v, heads, kv_heads, turns, hidden, at + "self_attn.", trace)
         x = x + times(at + "self_attn.o_proj", z)
         h = norm(at + "post_attention_layernorm", x)
         gate, up = times(at + "mlp.gate_proj", h), times(at + "mlp.up_proj", h)
@@ -151,6 +152,12 @@ def _turn(head: Tensor, turns: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=1)
 
 
+def _hidden(config: Mapping[str, Any], length: int) -> Tensor:
+    """(T, T), True where a query may not see a key: a later one, or one beyond a sliding window."""
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    return (back < 0) | (back >= (config.get("sliding_window") or length))
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -158,12 +165,12 @@ def _attention(
     heads: int,
     kv_heads: int,
     turns: Tensor,
+    hidden: Tensor,
     at: str,
     trace: dict[str, Tensor | None],
 ) -> Tensor:
     """Each query head with the KV head of its group; (T, H*D), (T, K*D), (T, K*D) -> (T, H*D)."""
-    T, D = q.shape[0], q.shape[1] // heads
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    D = q.shape[1] // heads
     # Per head, and only where asked for: the scores of all heads of a long text fill gigabytes.
     seen: dict[str, list[Tensor]] = {
         name: [] for name in ("q_rot", "k_rot", "scores", "pattern", "z") if at + name in trace
@@ -179,7 +186,7 @@ def _attention(
     for head in range(heads):
         served_by = head * kv_heads // heads
         query = note("q_rot", _turn(q[:, head * D : (head + 1) * D], turns))
-        scores = note("scores", (query @ keys[served_by].T / math.sqrt(D)).masked_fill(future, -math.inf))
+        scores = note("scores", (query @ keys[served_by].T / math.sqrt(D)).masked_fill(hidden, -math.inf))
         weights = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
         weights = note("pattern", weights / weights.sum(dim=1, keepdim=True))
         outputs.append(note("z", weights @ v[:, served_by * D : (served_by + 1) * D]))

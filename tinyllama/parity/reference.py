@@ -37,8 +37,10 @@ def config_fields(config: LlamaConfig) -> dict[str, Any]:
     return fields
 
 
-def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausalLM:
+def reference_model(model: Llama, attention: str) -> transformers.PreTrainedModel:
     """Make transformers' model of our model's tensors: no copy, the same dtype and device.
+
+    It is transformers' Mistral where there is a sliding window, which its Llama does not know.
 
     Args:
         model: ours.
@@ -47,9 +49,11 @@ def reference_model(model: Llama, attention: str) -> transformers.LlamaForCausal
     fields = config_fields(model.config)
     theta, scaling = fields.pop("rope_theta"), fields.pop("rope_scaling")
     rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    config = transformers.LlamaConfig(**fields, rope_parameters=rope, attn_implementation=attention)
+    mistral = model.config.sliding_window is not None
+    kind = transformers.MistralConfig if mistral else transformers.LlamaConfig
+    config = kind(**fields, rope_parameters=rope, attn_implementation=attention)
     with torch.device("meta"):
-        reference = transformers.LlamaForCausalLM(config)
+        reference = (transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM)(config)
     state = {
         name if name.startswith("lm_head") else f"model.{name}": tensor
         for name, tensor in model.state_dict().items()
