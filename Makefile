@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROMPT ?= The three most important ideas in physics are
 MODEL ?=
 KERNEL ?= window
+FUZZ_SECONDS ?= 600
 # Through the environment and unexpanded, so that neither make nor the shell reads a $ or a quote in them.
 export PROMPT_TEXT := $(value PROMPT)
 export MODEL_NAME := $(value MODEL)
@@ -16,7 +17,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick lab bench bench-peers lint format clean
+.PHONY: help setup generate chat test parity parity-quick lab fuzz bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +41,9 @@ parity-quick: $(DEV) ## the same on less, in a minute
 
 lab: $(RUN) ## measure another attention: make lab KERNEL=window MODEL=smollm2
 	@$(BIN)/python scripts/lab.py $(MODEL_OPTION) --html lab.html -- "$$KERNEL_NAME"
+
+fuzz: $(DEV) ## try what nobody would write for ten minutes, or make fuzz FUZZ_SECONDS=3600; faults become tests
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(DEV) ## measure speed beside transformers and llama.cpp: a table, bench.png and bench.json
 	@$(BIN)/python scripts/bench.py --png bench.png --json bench.json

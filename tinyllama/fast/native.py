@@ -62,6 +62,7 @@ def linear(weight: Tensor, scales: Tensor | None, x: Tensor, *, plain: bool = Fa
     *others, width = x.shape
     if not (
         width == cols
+        and cols > 0
         and cols % GROUP == 0
         and weight.dtype in WEIGHTS
         and x.dtype in ACTIVATIONS
@@ -106,9 +107,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plain: bool = False) -> T
     Raises:
         ValueError: the tensors do not fit each other or this code.
     """
-    C = x.shape[-1]
+    C = x.shape[-1] if x.dim() else 0
     if not (
         weight.shape == (C,)
+        and C > 0
         and weight.dtype == x.dtype
         and x.dtype in ACTIVATIONS
         and (x.is_cpu and weight.is_cpu)
