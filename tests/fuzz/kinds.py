@@ -18,7 +18,7 @@ from tests.checkpoints import folders
 from tests.fuzz.judge import Command
 from tests.fuzz.values import TEXTS, damaged, edited, header_edited, hostile, joined, message_edited
 from tests.text.tiny_tokenizers import json_definition, sentencepiece_folder, write_json
-from tinyllama.lab.healed import Healed, Settings, save_healed
+from tinyllama.lab.healed import KEY, Healed, Settings, save_healed
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -110,7 +110,7 @@ def kinds(sound: Path) -> dict[str, SearchStrategy[Case]]:
         "tokenizer config": json_file("model/tokenizer_config.json", TOKENIZER_FIELDS, chat, TOKENS),
         "template": template(),
         "conversation": conversation(),
-        "healed": file("healed", "healed", header_edited, HEALED),
+        "healed": st.one_of(file("healed", "healed", header_edited, HEALED), healed(sound)),
         "gguf": gguf(),
         "command line": command_line(),
         "kernel": kernel(),
@@ -155,6 +155,20 @@ def conversation() -> SearchStrategy[Case]:
         edited(SAVED, ("tool_calls", "name")),
         st.one_of(st.just("/load saved.json\na\n"), lines),
     )
+
+
+def healed(sound: Path) -> SearchStrategy[Case]:
+    """Healed layers with edits in their record, which is JSON in a text of the header's JSON."""
+    content = (sound / "healed").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    record = json.loads(header["__metadata__"][KEY])
+
+    def case(text: bytes) -> Case:
+        changed = header | {"__metadata__": {KEY: text.decode("utf-8", "replace")}}
+        return Case("healed", HEALED, {"healed": folders.file_of(changed, content[8 + size :])})
+
+    return edited(record, ("settings", "losses")).map(case)
 
 
 def gguf() -> SearchStrategy[Case]:
