@@ -1,0 +1,114 @@
+"""Forks: the same text with something switched off, replaced, patched in or forced, beside the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tinyllama.errors import InputError
+from tinyllama.explorer.record import Recording, shown
+from tinyllama.hooks import patch
+from tinyllama.kernels import ByHead, Kernel
+
+
+@dataclass(frozen=True)
+class Fork:
+    """One change.
+
+    Attributes:
+        name: what it does, in a few words.
+        python: the lines that do the same in a notebook, given `model` and `ids`.
+        replace: address -> function from the value, with its first position, to the one in its place.
+        kernel: another kernel, with the layer and the heads (None: all) where it attends.
+    """
+
+    name: str
+    python: str
+    replace: Mapping[str, Callable[[Tensor, int], Tensor]] | None = None
+    kernel: tuple[Kernel, int, tuple[int, ...] | None] | None = None
+
+    def apply(self, recording: Recording) -> None:
+        """Let a recording that is still empty compute with the change."""
+        if self.kernel is not None:
+            kernel, layer, heads = self.kernel
+            before = recording.kernels[layer]
+            recording.kernels[layer] = shown(kernel if heads is None else ByHead(kernel, heads, before))
+            recording.watch_kernels()
+        if self.replace is not None:
+            changes = {
+                address: (lambda value, change=change: change(value, recording.start))
+                for address, change in self.replace.items()
+            }
+            recording.intervention = partial(patch, recording.model, changes)
+
+
+def switched_off(part: str, layer: int, heads: tuple[int, ...] = ()) -> Fork:
+    """Without some heads, a layer's attention, its MLP, or the whole layer.
+
+    Args:
+        part: "heads", "attention", "mlp" or "layer".
+        layer: which layer.
+        heads: the query heads, where some are meant.
+    """
+    at = f"layers.{layer}"
+    if part == "heads":
+        listed = list(heads)
+
+        def without(value: Tensor, start: int) -> Tensor:
+            return value.index_fill(1, torch.tensor(listed, device=value.device), 0)
+
+        name = f"layer {layer} without head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
+        python = (
+            f"heads = torch.tensor({listed})\n"
+            f'with tinyllama.patch(model, {{"{at}.self_attn.z": lambda z: z.index_fill(1, heads, 0)}}):\n'
+            "    logits = model(torch.tensor([ids]))"
+        )
+        return Fork(name, python, {f"{at}.self_attn.z": without})
+    addresses = {
+        "attention": [f"{at}.self_attn"],
+        "mlp": [f"{at}.mlp"],
+        "layer": [f"{at}.self_attn", f"{at}.mlp"],
+    }
+    if part not in addresses:
+        raise InputError(f"part: expected heads, attention, mlp or layer, got {part!r:.40}")
+    zeros = ", ".join(f'"{address}": torch.zeros_like' for address in addresses[part])
+    return Fork(
+        f"without layer {layer}" if part == "layer" else f"layer {layer} without its {part}",
+        f"with tinyllama.patch(model, {{{zeros}}}):\n    logits = model(torch.tensor([ids]))",
+        dict.fromkeys(addresses[part], lambda value, start: torch.zeros_like(value)),
+    )
+
+
+def other_kernel(spec: str, kernel: Kernel, layer: int, heads: tuple[int, ...] | None) -> Fork:
+    """Another attention in one layer, or in some of its heads."""
+    where = "" if heads is None else f", heads={list(heads)}"
+    return Fork(
+        f"{spec} in layer {layer}" + ("" if heads is None else f", heads {', '.join(map(str, heads))}"),
+        f'model.set_attention(tinyllama.lab.load_kernel("{spec}"), layers=[{layer}]{where})\n'
+        "logits = model(torch.tensor([ids]))",
+        kernel=(kernel, layer, heads),
+    )
+
+
+def patched_in(address: str, token: int, value: Tensor, source: str, source_ids: list[int]) -> Fork:
+    """A value of another text, (C,), in the place of this text's at one token."""
+
+    def put(x: Tensor, start: int) -> Tensor:
+        if not start <= token < start + x.shape[1]:
+            return x
+        return x.index_copy(1, torch.tensor([token - start], device=x.device), value[None, None].to(x))
+
+    python = (
+        f"other = {source_ids}  # {source!r:.60}\n"
+        f'with tinyllama.capture(model, "{address}") as seen:\n'
+        "    model(torch.tensor([other]))\n"
+        f'value = seen["{address}"][0, -1]\n'
+        f'with tinyllama.patch(model, {{"{address}": lambda x: x.index_copy(1, torch.tensor([{token}]), '
+        "value[None, None])}):\n"
+        "    logits = model(torch.tensor([ids]))"
+    )
+    return Fork(f"{address} at token {token} from {source!r:.40}", python, {address: put})
