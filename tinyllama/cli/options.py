@@ -107,6 +107,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_speed_options(parser: argparse.ArgumentParser) -> None:
     """How matrices are kept, and whether decode steps are recorded; see `load`."""
+    add_weights_option(parser)
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
+        "bits, some four times as fast",
+    )
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """How matrices are kept; see `load`."""
     parser.add_argument(
         "--weights",
         default="stored",
@@ -114,12 +125,6 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
         help="how matrices are kept. stored: as in the file, most often in 16 bits: equal to exact but for "
         "rounding, and up to three times as fast to decode; int8: faster still, a little less exact; exact: "
         "in --dtype, and what transformers computes to the last bit (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--graph",
-        action="store_true",
-        help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
-        "bits, some four times as fast",
     )
 
 

@@ -146,6 +146,7 @@ class Recording:
     Attributes:
         model: the model, whose kernels may have changed since.
         ids: the text.
+        prompt: how many tokens of it were given; what follows was chosen.
         passes: the forward passes, in the order of the text.
         cache: the keys and values of the text.
         kernels: of each layer; sdpa is recorded as eager, which is the same function written out.
@@ -163,6 +164,7 @@ class Recording:
         self.cache = model.new_cache(1, min(max(capacity, len(ids)), context))
         self.kernels: list[Kernel] = [shown(attention.kernel) for attention in model.attentions]
         self.start = 0  # of the pass that runs
+        self.prompt = len(ids)
         self.watch_kernels()
         self.width = -(-self.cache.capacity // COLUMNS)  # tokens in a column of the small maps
         self.intervention: Callable[[], Any] | None = None
@@ -201,17 +203,16 @@ class Recording:
         """A recording of its own of the first tokens, or a few less: with this one's passes and cache."""
         other = Recording(self.model, self.ids, self.cache.capacity)
         other.kernels, other.intervention, other.files = list(self.kernels), self.intervention, self.files
+        other.prompt = self.prompt
         other.passes = [one for one in self.passes if one.end <= tokens]
         if other.passes:
             last = other.passes[-1] = copy.copy(other.passes[-1])
             last.surprise = last.surprise.clone()  # of what follows in this one
             last.surprise[-1] = torch.nan
             other.ids = self.ids[: last.end]
-            for mine, theirs in (
-                (other.cache.keys, self.cache.keys),
-                (other.cache.values, self.cache.values),
-            ):
-                mine[..., : 1 + last.end, :] = theirs[..., : 1 + last.end, :]
+            slots = slice(0, 1 + last.end)
+            other.cache.keys[..., slots, :] = self.cache.keys[..., slots, :]
+            other.cache.values[..., slots, :] = self.cache.values[..., slots, :]
         return other
 
     @contextmanager

@@ -139,7 +139,7 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
     order += [("top", one.code, index) for index in range(cut, len(one.code.steps))]
     calls: dict[tuple[str, int], dict[str, Any]] = {}
     places: dict[tuple[str, int | None], int] = {("layer", None): cut - 1}
-    steps = []
+    steps: list[dict[str, Any]] = []
     for part, trace, index in order:
         step, call = trace.steps[index], trace.calls[trace.steps[index].call]
         places[part, index] = len(steps)
@@ -152,7 +152,9 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
             for name, value in step.values.items()
         ]
         steps.append({"call": calls[part, step.call]["index"], "line": step.line, "values": values})
-    return {"calls": list(calls.values()), "steps": steps, "enters": enters, "layers": len(enters)}
+    # Where each layer is entered: here, and in this view of the layer itself, whose steps come after it.
+    shown = [places["top", index] for index in enters]
+    return {"calls": list(calls.values()), "steps": steps, "enters": shown, "entered": enters}
 
 
 def code_value(one: Pass, traced: Trace, key: str, index: int) -> dict[str, Any]:
@@ -374,46 +376,85 @@ def _last(trace: Trace, name: str) -> Tensor:
 # --- choosing --------------------------------------------------------------------------------------------
 
 
-def choice(
-    recording: Recording, tokenizer: Tokenizer, token: int, sampler: Sampler, draw: float
-) -> dict[str, Any]:
+@torch.no_grad()
+def choice(recording: Recording, tokenizer: Tokenizer, token: int, sampler: Sampler) -> dict[str, Any]:
     """How the token after a position is chosen: its candidates through penalty, temperature, top-k and top-p.
+
+    A draw is a race, as in `torch.multinomial`: each candidate waits for a random time, exponential with mean
+    1/p, and the first to arrive is chosen. The times are those that the seed gives in `tinyllama.generate`.
 
     Args:
         recording: the text.
         tokenizer: for the words.
         token: the position whose logits choose.
         sampler: the settings.
-        draw: where a draw falls in the candidates' masses, 0 to 1, in the order of the list.
     """
-    one, index = recording.at(token)
-    with torch.no_grad():
-        logits = recording.model.lm_head(recording.model.norm(one.streams[-1][:, index])).float()  # (1, V)
+    logits = _logits(recording, token)[None].float()  # (1, V)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     seen[0, recording.ids[: token + 1]] = True
     penalised = repetition_penalty(logits, seen, sampler.repetition_penalty)
     scaled = penalised if sampler.greedy else penalised / sampler.temperature
     by_k = top_k(scaled, sampler.top_k)
-    by_p = top_p(by_k, sampler.top_p)
-    p = sampler.probabilities(logits, seen)[0]
-    order = torch.cat([logits[0].topk(CANDIDATES).indices, p.topk(CANDIDATES).indices]).unique()
+    p = sampler.probabilities(logits, seen)
+    generator = sampler.generator(logits.device)
+    for _ in range(max(token - recording.prompt + 1, 0)):  # the draws of the tokens before
+        torch.empty_like(p).exponential_(generator=generator)
+    arrival = torch.empty_like(p).exponential_(generator=generator) / p
+    drawn = int(penalised.argmax() if sampler.greedy else arrival.argmin())
+    shown = [logits[0].topk(CANDIDATES).indices, p[0].topk(CANDIDATES).indices, torch.tensor([drawn])]
+    order = torch.cat(shown).unique()
     order = order[logits[0, order].sort(descending=True).indices]
-    order = order[p[order].sort(descending=True, stable=True).indices]
-    stages = {"logit": logits, "penalised": penalised, "scaled": scaled, "top_k": by_k, "top_p": by_p}
-    mass = torch.cumsum(p.sort(descending=True).values, 0)
+    order = order[p[0, order].sort(descending=True, stable=True).indices]
+    stages = {
+        "logit": logits,
+        "penalised": penalised,
+        "scaled": scaled,
+        "top_k": by_k,
+        "top_p": top_p(by_k, sampler.top_p),
+        "p": p,
+        "arrival": arrival,
+    }
     return {
         "candidates": [
-            {
-                "id": id,
-                "text": text(tokenizer, id),
-                "p": p[id].item(),
-                **{name: _finite(value[0, id].item()) for name, value in stages.items()},
-            }
+            {"id": id, "text": text(tokenizer, id)}
+            | {name: _finite(value[0, id].item()) for name, value in stages.items()}
             for id in order.tolist()
         ],
         "kept": int((p > 0).sum()),
-        "draw": draw,
-        "drawn": int(p.sort(descending=True).indices[min(int((mass < draw).sum()), p.numel() - 1)]),
+        "drawn": drawn,
+        "greedy": sampler.greedy,
+    }
+
+
+def _logits(recording: Recording, token: int) -> Tensor:
+    """The logits after a position, (V,)."""
+    one, index = recording.at(token)
+    return recording.model.lm_head(recording.model.norm(one.streams[-1][:, index]))[0]
+
+
+@torch.no_grad()
+def compare(first: Recording, second: Recording, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Two branches: where their texts part, what comes next in each, and how the stream differs by layer."""
+    pairs = list(zip(first.ids, second.ids, strict=False))
+    common = next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    start = max(common - 64, 0)
+    kls = []
+    for token in range(start, common):
+        p, q = (_logits(one, token).double().log_softmax(-1) for one in (first, second))
+        kls.append((p.exp() * (p - q)).sum().item())
+    ends = [_logits(one, len(one.ids) - 1).float().softmax(-1) for one in (first, second)]
+    order = torch.cat([p.topk(WORDS).indices for p in ends]).unique()
+    order = order[ends[0][order].sort(descending=True).indices]
+    (one, index), (other, at) = first.at(common - 1), second.at(common - 1)
+    streams = [
+        (a[0, index].double(), b[0, at].double()) for a, b in zip(one.streams, other.streams, strict=True)
+    ]
+    return {
+        "common": common,
+        "start": start,
+        "kl": kls,
+        "next": [[id, text(tokenizer, id), *(p[id].item() for p in ends)] for id in order.tolist()],
+        "stream": [((a - b).norm() / a.norm()).item() for a, b in streams],
     }
 
 
@@ -456,7 +497,7 @@ def facts(recording: Recording, name: str) -> dict[str, Any]:
 
 
 def _bytes(values: Tensor) -> str:
-    return base64.b64encode(values.contiguous().numpy().tobytes()).decode()
+    return base64.b64encode(values.cpu().contiguous().numpy().tobytes()).decode()
 
 
 def _numbers(value: Tensor) -> dict[str, Any]:
