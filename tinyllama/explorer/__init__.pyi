@@ -1,3 +1,3 @@
-from .record import Pass as Pass
-from .record import Recording as Recording
-from .record import record as record
+from .recording import Pass as Pass
+from .recording import Recording as Recording
+from .recording import record as record

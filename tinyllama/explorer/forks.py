@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from tinyllama.errors import InputError
-from tinyllama.explorer.record import Recording, shown
-from tinyllama.hooks import patch
+from tinyllama.explorer.recording import Recording, shown
 from tinyllama.kernels import ByHead, Kernel
 
 
@@ -39,11 +37,7 @@ class Fork:
             recording.kernels[layer] = shown(kernel if heads is None else ByHead(kernel, heads, before))
             recording.watch_kernels()
         if self.replace is not None:
-            changes = {
-                address: (lambda value, change=change: change(value, recording.start))
-                for address, change in self.replace.items()
-            }
-            recording.intervention = partial(patch, recording.model, changes)
+            recording.replacements = dict(self.replace)
 
 
 def switched_off(part: str, layer: int, heads: tuple[int, ...] = ()) -> Fork:

@@ -6,7 +6,7 @@ const SAVED = JSON.parse($("saved").textContent);
 const OFFLINE = Object.keys(SAVED).length > 0;
 const BASE = location.pathname;
 const answers = new Map();
-const at = { branch: 0, token: 0, layer: 0, head: 0, key: 0, step: 0, pair: 0, target: null };
+const at = { branch: 0, token: 0, layer: 0, head: 0, key: 0, step: null, pair: 0, target: null };
 let state = null;
 let turn = 0; // grows with every selection: answers for an older one are dropped
 
@@ -177,8 +177,7 @@ function select(changes) {
   at.layer = Math.max(0, Math.min(at.layer, one.L - 1));
   at.head = Math.max(0, Math.min(at.head, one.H - 1));
   at.key = Math.max(0, Math.min(at.key, at.token));
-  const hash = Object.entries(at).filter(([, value]) => value !== null).map(([name, value]) => name + "=" + value).join("&");
-  history.replaceState(null, "", "#" + hash);
+  remember();
   for (const name of ["branch", "token", "layer", "head", "key"]) $(name).value = at[name];
   $("token").max = last; $("layer").max = one.L - 1; $("head").max = one.H - 1; $("key").max = at.token;
   $("piece").textContent = visible(one.tokens[at.token].text || one.tokens[at.token].piece);
@@ -186,6 +185,12 @@ function select(changes) {
   $("save").href = `${BASE}saved?layer=${at.layer}&head=${at.head}`;
   turn += 1;
   draw();
+}
+
+// The address keeps what is chosen.
+function remember() {
+  const chosen = Object.entries(at).filter(([, value]) => value !== null);
+  history.replaceState(null, "", "#" + chosen.map(([name, value]) => name + "=" + value).join("&"));
 }
 
 function fromHash() {
@@ -275,12 +280,12 @@ sections.code = async (fresh) => {
   if (!fresh()) return;
   code = answer;
   $("steps").max = code.steps.length - 1;
-  go(Math.min(at.step, code.steps.length - 1));
+  go(at.step ?? code.entered[at.layer] + 1);
 };
 
 function go(step) {
   at.step = Math.max(0, Math.min(step, code.steps.length - 1));
-  history.replaceState(null, "", location.hash.replace(/step=\d+/, "step=" + at.step));
+  remember();
   $("steps").value = at.step;
   $("count").textContent = `${at.step + 1} of ${code.steps.length}`;
   const now = code.steps[at.step], call = code.calls[now.call];
@@ -335,8 +340,10 @@ async function picture(canvas, value) {
   const { numbers, rows, columns, axes } = slice(answer);
   const wide = rows === 1 ? Math.min(columns, 192) : columns, high = rows === 1 ? Math.ceil(columns / wide) : rows;
   const largest = numbers.reduce((most, x) => Math.max(most, Number.isFinite(x) ? Math.abs(x) : 0), 0) || 1;
-  const scale = Math.max(Math.min(192 / wide, rows === 1 && high === 1 ? 8 : 4), 1);
-  paint(canvas, numbers.map((x) => (Number.isFinite(x) ? x / largest : 0)), high, wide, wide * scale, high === 1 ? 12 : Math.min(high * scale, 64));
+  const scale = Math.max(Math.min(192 / wide, rows === 1 ? 8 : 4), 1);
+  // By the root: a few large numbers would leave the others blank.
+  const shade = (x) => (Number.isFinite(x) ? Math.sign(x) * Math.sqrt(Math.abs(x) / largest) : 0);
+  paint(canvas, numbers.map(shade), high, wide, wide * scale, rows === 1 ? Math.max(high * 6, 12) : Math.min(high * scale, 64));
   hover(canvas, (x, y) => {
     const row = Math.min(Math.floor(y * high), high - 1), column = Math.min(Math.floor(x * wide), wide - 1), n = row * wide + column;
     if (n >= numbers.length) return "";
@@ -678,7 +685,7 @@ $("branch").addEventListener("change", () => select({ branch: Number($("branch")
 for (const name of ["token", "layer", "head", "key"]) $(name).addEventListener("change", () => select({ [name]: Number($(name).value) || 0 }));
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  await act("text", { text: $("prompt").value }).then(() => select({ branch: 0, token: Infinity, key: 0, step: 0 }), () => {});
+  await act("text", { text: $("prompt").value }).then(() => select({ branch: 0, token: Infinity, key: 0, step: null }), () => {});
 });
 addEventListener("hashchange", () => { fromHash(); select({}); });
 

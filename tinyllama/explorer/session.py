@@ -15,7 +15,7 @@ from tinyllama.errors import InputError
 from tinyllama.explorer import views
 from tinyllama.explorer.forks import Fork, other_kernel, patched_in, switched_off
 from tinyllama.explorer.lines import Trace
-from tinyllama.explorer.record import Recording, record
+from tinyllama.explorer.recording import Recording, record
 from tinyllama.kernels import Kernel
 from tinyllama.model import Llama
 from tinyllama.sampler import Sampler
@@ -232,7 +232,7 @@ class Session:
         else:
             fork = self._change(body, source)
             other = source.forked(0)
-            if source.intervention is not None:
+            if source.replacements:
                 raise InputError("this branch has a change already; fork the original")
             fork.apply(other)
             other.extend(source.ids, self._done(len(source.ids)))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama.errors import InputError
 from tinyllama.explorer.lines import Call, Trace, function_source
-from tinyllama.explorer.record import COLUMNS, HeadRows, Pass, Recording
+from tinyllama.explorer.recording import COLUMNS, HeadRows, Pass, Recording
 from tinyllama.kernels import kernel_name
 from tinyllama.sampler import Sampler, repetition_penalty, top_k, top_p
 from tinyllama.text.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from tinyllama.text.tokenizer import Tokenizer
 WORDS = 5  # of a lens
 CANDIDATES = 12  # of a choice
 LARGEST = 1 << 17  # numbers that are sent of one value; of more, the selected token's alone
+MASKED = -1e30  # a score this low is that of a masked key
 SCORES = ("entropy", "distance", "sink", "previous", "induction")
 
 
@@ -34,8 +36,8 @@ def tokens(recording: Recording, tokenizer: Tokenizer) -> list[dict[str, Any]]:
             found.append(
                 {
                     "id": id,
-                    "piece": tokenizer.piece(id),
-                    "bytes": tokenizer.token_bytes(id).hex(" "),
+                    "piece": spelt(tokenizer, id)[0],
+                    "bytes": spelt(tokenizer, id)[1].hex(" "),
                     "next": [
                         [word, text(tokenizer, word), math.exp(p)]
                         for word, p in zip(best, log_p, strict=True)
@@ -56,7 +58,10 @@ def characters(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     begun = 0
     for index, id in enumerate(ids):
-        piece = stream.feed(id)
+        try:
+            piece = stream.feed(id)
+        except InputError:  # a model may have more ids than its tokenizer
+            piece = spelt(tokenizer, id)[0]
         found.append(("", 0))
         if piece or index == len(ids) - 1:
             found[begun] = (piece + (stream.flush() if index == len(ids) - 1 else ""), index + 1 - begun)
@@ -67,8 +72,17 @@ def characters(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
 @cache
 def text(tokenizer: Tokenizer, id: int) -> str:
     """One token alone, as text; bytes that are no character as their piece."""
-    shown = tokenizer.token_bytes(id).decode("utf-8", "replace") or tokenizer.piece(id)
-    return tokenizer.piece(id) if "\ufffd" in shown else shown
+    piece, raw = spelt(tokenizer, id)
+    shown = raw.decode("utf-8", "replace") or piece
+    return piece if "\ufffd" in shown else shown
+
+
+def spelt(tokenizer: Tokenizer, id: int) -> tuple[str, bytes]:
+    """A token's piece and bytes; of an id that the tokenizer does not have its number and no bytes."""
+    try:
+        return tokenizer.piece(id), tokenizer.token_bytes(id)
+    except InputError:
+        return f"<{id}>", b""
 
 
 def heads(recording: Recording) -> dict[str, Any]:
@@ -401,8 +415,9 @@ def choice(recording: Recording, tokenizer: Tokenizer, token: int, sampler: Samp
         torch.empty_like(p).exponential_(generator=generator)
     arrival = torch.empty_like(p).exponential_(generator=generator) / p
     drawn = int(penalised.argmax() if sampler.greedy else arrival.argmin())
-    shown = [logits[0].topk(CANDIDATES).indices, p[0].topk(CANDIDATES).indices, torch.tensor([drawn])]
-    order = torch.cat(shown).unique()
+    best = p[0].topk(CANDIDATES).indices
+    best = best[p[0, best] > 0]
+    order = torch.cat([logits[0].topk(CANDIDATES).indices, best, torch.tensor([drawn])]).unique()
     order = order[logits[0, order].sort(descending=True).indices]
     order = order[p[0, order].sort(descending=True, stable=True).indices]
     stages = {
@@ -503,6 +518,8 @@ def _bytes(values: Tensor) -> str:
 def _numbers(value: Tensor) -> dict[str, Any]:
     """Numbers as float16 with a common factor, in base64: three digits, in a fifth of JSON's bytes."""
     values = value.float()
-    largest = values[values.isfinite()].abs().max().item() if values.numel() else 0.0
+    values = values.masked_fill(values <= MASKED, -torch.inf)
+    finite = values[values.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
     factor = 2.0 ** math.ceil(math.log2(largest / 60000)) if largest > 60000 else 1.0
     return {"factor": factor, "data": _bytes((values / factor).half().view(torch.int16))}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -30,7 +30,7 @@ import tinyllama.rope
 from tinyllama.attention import AttentionMask, Kernel, eager, sdpa
 from tinyllama.errors import InputError
 from tinyllama.explorer.lines import Trace, watched
-from tinyllama.hooks import hooked
+from tinyllama.hooks import hooked, patch
 from tinyllama.kernels import ByHead, kernel_code
 from tinyllama.model import Block, Llama
 
@@ -113,7 +113,7 @@ class Pass:
             return self.patterns.get(layer)
         found: list[Tensor] = []
         address = f"layers.{layer}.self_attn.pattern"
-        with self.recording.changes(), hooked(self.recording.model, {address: found.append}):
+        with self.recording.changes(layer), hooked(self.recording.model, {address: found.append}):
             self._run(layer)
         return found[-1][0]
 
@@ -121,7 +121,7 @@ class Pass:
         """The lines of a layer and their values, by running its code once more on what came into it."""
         model = self.recording.model
         inside = [path for path, _ in model.layers[layer].named_modules() if path and ".kernel" not in path]
-        with self.recording.changes(), watched(self.recording.files) as trace:
+        with self.recording.changes(layer), watched(self.recording.files) as trace:
             notes = {
                 f"layers.{layer}.{path}": partial(_note, trace, path.rpartition(".")[2]) for path in inside
             }
@@ -149,6 +149,7 @@ class Recording:
         prompt: how many tokens of it were given; what follows was chosen.
         passes: the forward passes, in the order of the text.
         cache: the keys and values of the text.
+        replacements: a fork's: address -> function from a value and its first position to another value.
         kernels: of each layer; sdpa is recorded as eager, which is the same function written out.
     """
 
@@ -167,7 +168,7 @@ class Recording:
         self.prompt = len(ids)
         self.watch_kernels()
         self.width = -(-self.cache.capacity // COLUMNS)  # tokens in a column of the small maps
-        self.intervention: Callable[[], Any] | None = None
+        self.replacements: dict[str, Callable[[Tensor, int], Tensor]] = {}
 
     def extend(self, ids: int | Iterable[int], done: Callable[[int], None] = lambda tokens: None) -> None:
         """Run the model on the next tokens.
@@ -202,7 +203,7 @@ class Recording:
     def forked(self, tokens: int) -> Recording:
         """A recording of its own of the first tokens, or a few less: with this one's passes and cache."""
         other = Recording(self.model, self.ids, self.cache.capacity)
-        other.kernels, other.intervention, other.files = list(self.kernels), self.intervention, self.files
+        other.kernels, other.replacements, other.files = list(self.kernels), self.replacements, self.files
         other.prompt = self.prompt
         other.passes = [one for one in self.passes if one.end <= tokens]
         if other.passes:
@@ -216,16 +217,23 @@ class Recording:
         return other
 
     @contextmanager
-    def changes(self) -> Iterator[None]:
-        """The model as it is recorded: with these kernels, and the interventions of a fork."""
+    def changes(self, layer: int | None = None) -> Iterator[None]:
+        """The model as it is recorded: with these kernels, and with a fork's replacements.
+
+        Args:
+            layer: the one that runs; None: all.
+        """
         attentions = self.model.attentions
         before = [attention.kernel for attention in attentions]
         try:
             for attention, kernel in zip(attentions, self.kernels, strict=True):
                 attention.kernel = kernel
-            with ExitStack() as stack:
-                if self.intervention is not None:
-                    stack.enter_context(self.intervention())
+            replacements = {
+                address: partial(_from, self, change)
+                for address, change in self.replacements.items()
+                if layer is None or f"{address}.".startswith(f"layers.{layer}.")
+            }
+            with patch(self.model, replacements) if replacements else nullcontext():
                 yield
         finally:
             for attention, kernel in zip(attentions, before, strict=True):
@@ -337,6 +345,11 @@ def record(
 
 def _note(trace: Trace, name: str, value: Tensor) -> None:
     trace.note(name, value)
+
+
+def _from(recording: Recording, change: Callable[[Tensor, int], Tensor], value: Tensor) -> Tensor:
+    """What a change makes of a value of the pass that runs."""
+    return change(value, recording.start)
 
 
 def _is_layer(frame: FrameType) -> bool:
