@@ -94,6 +94,7 @@ def serve(session: Session, port: int, browser: bool) -> None:
     if browser and "SSH_CONNECTION" not in os.environ:
         webbrowser.open(address)
     settings: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
+    settings["timeout_graceful_shutdown"] = 1  # a browser keeps its connection open
     server = uvicorn.Server(uvicorn.Config(application(session, token, host), **settings))
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

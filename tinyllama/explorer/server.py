@@ -81,7 +81,7 @@ def application(session: Session, token: str, host: str) -> Starlette:
     async def progress(_request: Request) -> Response:
         return JSONResponse({"progress": session.progress})
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/{token}/", guarded(whole_page)),
             Route("/{token}/progress", guarded(progress)),
@@ -90,6 +90,8 @@ def application(session: Session, token: str, host: str) -> Starlette:
             Route("/{token}/act/{name}", guarded(act), methods=["POST"]),
         ]
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _body(request: Request) -> Mapping[str, Any]:
