@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
+from tests.explorer.serving import SECRET, served
 from tests.marks import unix
 from tests.scripts.test_scripts import write_checkpoint
 from tinyllama.checkpoints.load import load
 from tinyllama.errors import InputError
-from tinyllama.explorer.server import LARGEST_REQUEST, application, listen
+from tinyllama.explorer.server import LARGEST_REQUEST, listen
 from tinyllama.explorer.session import Session
 from tinyllama.lab.kernel_file import BUILT_IN
-
-SECRET = "the-secret"
 
 
 class Client:
@@ -60,18 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(folder: Path) -> Iterator[Client]:
     model, tokenizer = load(str(folder), device="cpu", dtype="float32", weights="exact")
     session = Session(model, tokenizer, tokenizer.encode("a b ab"), "tiny", BUILT_IN)
-    listener = listen(0)
-    client = Client(listener.getsockname()[1])
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(session, SECRET, client.host), log_level="error", timeout_graceful_shutdown=1
-        )
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield client
-    server.should_exit = True
-    thread.join()
+    with served(session) as port:
+        yield Client(port)
 
 
 def test_it_answers_whoever_has_the_address(ask):

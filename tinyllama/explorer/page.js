@@ -8,6 +8,7 @@ const BASE = location.pathname;
 const answers = new Map();
 const at = { branch: 0, token: 0, layer: 0, head: 0, key: 0, step: null, pair: 0, target: null };
 let state = null;
+let pending = 0; // requests without an answer yet
 let turn = 0; // grows with every selection: answers for an older one are dropped
 
 // --- asking -------------------------------------------------------------------------------------------
@@ -29,13 +30,16 @@ async function ask(name, query) {
 
 async function request(path, body) {
   const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  let response;
+  let response, answer;
+  document.body.classList.toggle("waiting", ++pending > 0);
   try {
     response = await fetch(BASE + path, options);
+    answer = await response.json();
   } catch {
     throw new Error("no answer: explore.py is not running any more");
+  } finally {
+    document.body.classList.toggle("waiting", --pending > 0);
   }
-  const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }
@@ -221,6 +225,8 @@ async function drawVisible() {
       continue;
     }
     $(name).querySelector(".failed")?.remove();
+    // What is drawn now, for whoever waits for it.
+    if (mine === turn && name === "attention") document.body.dataset.drawn = `${at.token} ${at.layer} ${at.head}`;
   }
 }
 
@@ -508,7 +514,8 @@ function lookingAt(one, row) {
     order.length < row.length ? el("p", { class: "small" }, `the ${order.length} largest of ${row.length}`) : "");
 }
 
-async function stages(answer, fresh) {
+function stages(answer, fresh) {
+  if (!fresh()) return;
   const steps = answer.steps.flatMap((step) => step.values.filter((value) => value.axes.join("") === "BHTS" && value.name !== "return"));
   const rows = [];
   for (const value of steps) {
@@ -516,7 +523,7 @@ async function stages(answer, fresh) {
     rows.push(el("p", { class: "value" }, el("b", {}, value.name), canvas));
     picture(canvas, value);
   }
-  if (fresh()) $("stages").replaceChildren(...rows, rows.length ? "" : "this kernel shows none");
+  $("stages").replaceChildren(...rows, rows.length ? "" : "this kernel shows none");
 }
 
 function table(one, all) {

@@ -101,9 +101,9 @@ def answers(session: Session, layer: int, head: int) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with six digits in every number, which is twice what is shown."""
+    """The same with eight digits in every number; three are shown."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.8g}")
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value
