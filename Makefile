@@ -17,7 +17,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick lab fuzz bench bench-peers lint format clean
+.PHONY: help setup generate chat test parity parity-quick lab explore fuzz bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ parity-quick: $(DEV) ## the same on less, in a minute
 
 lab: $(RUN) ## measure another attention: make lab KERNEL=window MODEL=smollm2
 	@$(BIN)/python scripts/lab.py $(MODEL_OPTION) --html lab.html -- "$$KERNEL_NAME"
+
+explore: $(RUN) ## watch the model compute, in the browser: make explore PROMPT="..." MODEL=smollm2
+	@$(BIN)/python scripts/explore.py $(MODEL_OPTION) -- "$$PROMPT_TEXT"
 
 fuzz: $(DEV) ## try what nobody would write for ten minutes, or make fuzz FUZZ_SECONDS=3600; faults become tests
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

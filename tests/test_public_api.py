@@ -11,10 +11,11 @@ import sys
 import pytest
 
 import tinyllama
+import tinyllama.explorer
 import tinyllama.lab
 import tinyllama.parity
 
-PACKAGES = [tinyllama, tinyllama.lab, tinyllama.parity]
+PACKAGES = [tinyllama, tinyllama.explorer, tinyllama.lab, tinyllama.parity]
 
 
 def modules():
@@ -30,7 +31,7 @@ def test_every_public_name_can_be_had_and_completed(package):
     for name in package.__all__:
         thing = getattr(package, name)
         # A module of a function's name would take its place as soon as it is imported.
-        assert inspect.ismodule(thing) == (name in ("lab", "parity"))
+        assert inspect.ismodule(thing) == (name in ("explorer", "lab", "parity"))
     with pytest.raises(AttributeError, match="nothing"):
         _ = package.nothing
 

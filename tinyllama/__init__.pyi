@@ -1,3 +1,4 @@
+from . import explorer as explorer
 from . import lab as lab
 from . import parity as parity
 from .attention import AttentionContext as AttentionContext
@@ -9,6 +10,7 @@ from .checkpoints.load import load as load
 from .checkpoints.load import load_model as load_model
 from .config import LlamaConfig as LlamaConfig
 from .errors import InputError as InputError
+from .explorer.notebook import explore as explore
 from .generation import TokenStream as TokenStream
 from .generation import generate as generate
 from .generation import prefill as prefill

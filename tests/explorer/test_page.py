@@ -275,3 +275,22 @@ def test_two_thousand_tokens_can_be_explored(browser, tmp_path):
         weights = page.evaluate(shown)
         row = session.view("row", {"layer": 1, "head": 3, "token": 2000})
         assert sorted(weights) == sorted(row)[-24:]
+
+
+def test_a_notebook_shows_the_page_in_its_cell(browser, session, tmp_path):
+    explored = tinyllama.explore(session.model, session.tokenizer, "a b")
+    assert "2 tokens" in repr(explored)
+    cell = explored._repr_html_()
+    assert 'sandbox="allow-scripts"' in cell
+    tab = browser.new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.set_content(f"<p>a notebook</p>{cell}")
+    frame = tab.frames[1]
+    frame.wait_for_selector("#source .now")
+    assert frame.locator("#tokens button").count() == 2
+    tab.close()
+    assert complaints == []
+    explored.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text("utf-8").endswith("</html>\n")

@@ -2,8 +2,8 @@
 // The page draws what the server, or the file it is in, has recorded; it computes nothing but views.
 
 const $ = (id) => document.getElementById(id);
-const SAVED = JSON.parse($("saved").textContent);
-const OFFLINE = Object.keys(SAVED).length > 0;
+const OFFLINE = $("saved").textContent !== "";
+let SAVED = {}; // the answers in this file, by what is asked for
 const BASE = location.pathname;
 const answers = new Map();
 const at = { branch: 0, token: 0, layer: 0, head: 0, key: 0, step: null, pair: 0, target: null };
@@ -194,7 +194,11 @@ function select(changes) {
 // The address keeps what is chosen.
 function remember() {
   const chosen = Object.entries(at).filter(([, value]) => value !== null);
-  history.replaceState(null, "", "#" + chosen.map(([name, value]) => name + "=" + value).join("&"));
+  try {
+    history.replaceState(null, "", "#" + chosen.map(([name, value]) => name + "=" + value).join("&"));
+  } catch {
+    // A frame in a notebook has no address of its own.
+  }
 }
 
 function fromHash() {
@@ -696,8 +700,14 @@ $("ask").addEventListener("submit", async (event) => {
 });
 addEventListener("hashchange", () => { fromHash(); select({}); });
 
+async function unpacked(text) {
+  const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return JSON.parse(await new Response(stream).text());
+}
+
 (async () => {
   try {
+    if (OFFLINE) SAVED = await unpacked($("saved").textContent);
     show(await ask("state", {}));
   } catch (error) {
     return say(error.message);

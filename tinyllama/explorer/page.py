@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -28,15 +29,14 @@ def page(saved: Mapping[str, Any]) -> tuple[str, str]:
     style = files("tinyllama.pages").joinpath("base.css").read_text("utf-8")
     style += own.joinpath("page.css").read_text("utf-8")
     script = own.joinpath("page.js").read_text("utf-8")
-    # In HTML a script ends at the first "</" that looks like its end, whatever JSON thinks of it.
-    data = json.dumps(saved, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+    data = base64.b64encode(zlib.compress(json.dumps(saved, allow_nan=False).encode(), 9)) if saved else b""
     source = "'self'" if not saved else "'none'"
     policy = (
         f"default-src 'none'; style-src 'sha256-{_sha256(style)}'; script-src 'sha256-{_sha256(script)}'; "
         f"connect-src {source}; base-uri 'none'; form-action 'none'"
     )
     template = own.joinpath("page.html").read_text("utf-8")
-    parts = {"policy": policy, "style": style, "script": script, "saved": data}
+    parts = {"policy": policy, "style": style, "script": script, "saved": data.decode()}
     for name, part in parts.items():
         before, found, after = template.partition(f"{{{{ {name} }}}}")
         assert found, name
@@ -90,7 +90,9 @@ def answers(session: Session, layer: int, head: int) -> dict[str, Any]:
             keep("rope", **at, layer=layer, head=head, token=tokens - 1, key=key)
         for start, _end in branch["passes"]:
             code = keep("code", **at, token=start, layer=layer)
-            for value in (value for step in code["steps"] for value in step["values"]):
+            others = {at for number, at in enumerate(code["enters"]) if number != layer}
+            steps = (step for number, step in enumerate(code["steps"]) if number not in others)
+            for value in (value for step in steps for value in step["values"]):
                 query = {**at, "token": start, "layer": layer, "key": value["key"]}
                 name = f"value?{urlencode(query)}"
                 answer = session.view("value", query)

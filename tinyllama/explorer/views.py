@@ -265,17 +265,20 @@ def _axes(value: Tensor, comment: str | None, one: Pass) -> list[str]:
 
 def _value(name: str, value: Tensor, key: str, comment: str | None, one: Pass) -> dict[str, Any]:
     """A value's name, shape and size; its numbers come on demand, by the key."""
-    numbers = value.double() if value.numel() else torch.zeros(1, dtype=torch.float64)
+    numbers = value if value.is_floating_point() else value.float()
+    if not numbers.numel():
+        numbers = torch.zeros(1)
+    least, most = numbers.aminmax()
     return {
         "name": name,
         "key": key,
         "shape": list(value.shape),
         "axes": _axes(value, comment, one),
         "dtype": str(value.dtype).removeprefix("torch."),
-        "mean": numbers.mean().item(),
-        "rms": numbers.square().mean().sqrt().item(),
-        "min": numbers.min().item(),
-        "max": numbers.max().item(),
+        "mean": numbers.mean(dtype=torch.float64).item(),
+        "rms": torch.linalg.vector_norm(numbers, dtype=torch.float64).item() / math.sqrt(numbers.numel()),
+        "min": least.item(),
+        "max": most.item(),
     }
 
 
