@@ -48,7 +48,7 @@ class Call:
         code: the function's.
         name: with its class: `Attention.forward`.
         caller: the index of the step that called it, among all steps; None for the first.
-        arguments: its arguments' values when it began.
+        arguments: its arguments' values; not copies.
     """
 
     code: CodeType
@@ -74,11 +74,27 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     running: list[_Open] = field(default_factory=list, repr=False)
+    _copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a value to the statement that runs now, such as what a module within it gave out."""
         if self.running and (index := self.running[-1].step) is not None:
-            self.steps[index].values[name] = _kept(value)
+            self.steps[index].values |= self.kept({name: value})
+
+    def kept(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Copies of the tensors among some values: the code goes on, and may write into what it has bound."""
+        found = {}
+        for name, value in _tensors(values).items():
+            key = id(value), 0 if value.is_inference() else value._version
+            if key not in self._copies or value.is_inference():
+                # The value itself stays for as long as the code runs: another one could get its id.
+                self._copies[key] = value, value.detach().clone()
+            found[name] = self._copies[key][1]
+        return found
+
+    def end(self) -> None:
+        """The code has run."""
+        self._copies.clear()
 
 
 @contextmanager
@@ -98,6 +114,7 @@ def watched(
     start = _monitored if hasattr(sys, "monitoring") else _traced
     with start(watcher):
         yield watcher.trace
+    watcher.trace.end()
 
 
 class _Watcher:
@@ -140,7 +157,7 @@ class _Watcher:
             return
         self._finish(one)
         if one.step is not None:
-            self.trace.steps[one.step].values.update(_tensors({RETURNED: value}))
+            self.trace.steps[one.step].values.update(self.trace.kept({RETURNED: value}))
         self.trace.running.pop()
 
     def _current(self, frame: FrameType) -> _Open | None:
@@ -153,7 +170,7 @@ class _Watcher:
         if one.step is not None:
             changed = {name: value for name, value in now.items() if one.seen.get(name) is not value}
             step = self.trace.steps[one.step]
-            step.values = {**_tensors(changed), **step.values}
+            step.values = {**self.trace.kept(changed), **step.values}
         one.seen = dict(now)
 
 
@@ -233,16 +250,11 @@ def _tensors(values: dict[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            found[name] = _kept(value)
+            found[name] = value
         elif isinstance(value, tuple):
             parts = ((f"{name}[{index}]", part) for index, part in enumerate(value))
-            found |= {part: _kept(one) for part, one in parts if isinstance(one, Tensor)}
+            found |= {part: one for part, one in parts if isinstance(one, Tensor)}
     return found
-
-
-def _kept(value: Tensor) -> Tensor:
-    """A copy: the code goes on, and may write into what it has bound."""
-    return value.detach().clone()
 
 
 def _qualified(frame: FrameType) -> str:

@@ -321,11 +321,10 @@ function go(step) {
 }
 
 function shownValue(value) {
-  const canvas = el("canvas", { role: "img", "aria-label": value.name });
-  picture(canvas, value);
+  const canvas = el("canvas", { role: "img", "aria-label": value.name }), stats = el("span", { class: "stats" });
+  picture(canvas, value, stats);
   return el("span", { class: "value", "data-value": value.key }, el("b", {}, value.name),
-    el("span", { class: "shape" }, value.axes.join(" ") + "  " + value.shape.join(" ")), canvas,
-    el("span", { class: "stats" }, `mean ${digits(value.mean)}  rms ${digits(value.rms)}  ${digits(value.min)} to ${digits(value.max)}`));
+    el("span", { class: "shape" }, value.axes.join(" ") + "  " + value.shape.join(" ")), canvas, stats);
 }
 
 const passStart = () => current().passes.find(([from, to]) => from <= at.token && at.token < to)[0];
@@ -337,7 +336,7 @@ async function askValue(value) {
   return answer.same ? SAVED[answer.same] : answer;
 }
 
-async function picture(canvas, value) {
+async function picture(canvas, value, stats) {
   const mine = turn;
   let answer;
   try {
@@ -347,6 +346,7 @@ async function picture(canvas, value) {
     return;
   }
   if (mine !== turn) return;
+  if (stats) stats.textContent = `mean ${digits(answer.mean)}  rms ${digits(answer.rms)}  ${digits(answer.min)} to ${digits(answer.max)}`;
   const { numbers, rows, columns, axes } = slice(answer);
   const wide = rows === 1 ? Math.min(columns, 192) : columns, high = rows === 1 ? Math.ceil(columns / wide) : rows;
   const largest = numbers.reduce((most, x) => Math.max(most, Number.isFinite(x) ? Math.abs(x) : 0), 0) || 1;

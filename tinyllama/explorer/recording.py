@@ -35,7 +35,7 @@ from tinyllama.kernels import ByHead, kernel_code
 from tinyllama.model import Block, Llama
 
 # A prompt is read in parts of this many tokens, so that no layer's scores fill the memory.
-PART = 256
+PART = 128
 # Patterns of a pass are kept up to this many numbers; those of a longer one are computed again by layer.
 KEPT_NUMBERS = 1 << 24
 COLUMNS = 64  # of the small maps

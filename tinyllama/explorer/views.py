@@ -162,7 +162,12 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
             calls[part, step.call] = {"index": len(calls), "caller": caller, **_described(call)}
         letters = _letters(call, step.line)
         values = [
-            _value(name, value, f"{part}/{index}/{name}", letters.get(name, letters.get("")), one)
+            {
+                "name": name,
+                "key": f"{part}/{index}/{name}",  # by which its numbers can be had
+                "shape": list(value.shape),
+                "axes": _axes(value, letters.get(name, letters.get("")), one),
+            }
             for name, value in step.values.items()
         ]
         steps.append({"call": calls[part, step.call]["index"], "line": step.line, "values": values})
@@ -172,16 +177,17 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
 
 
 def code_value(one: Pass, traced: Trace, key: str, index: int) -> dict[str, Any]:
-    """The numbers of a value of `code`; of a large one only those of the token at `index` of the pass."""
+    """A value of `code`: its figures and numbers; of a large one the numbers of the token at `index` alone."""
     part, step, name = key.split("/", 2)
     trace = one.code if part == "top" else traced
     value = trace.steps[int(step)].values[name]
     call = trace.calls[trace.steps[int(step)].call]
     letters = _letters(call, trace.steps[int(step)].line)
     named = _axes(value, letters.get(name, letters.get("")), one)
+    figures = _figures(value)
     if value.numel() > LARGEST and "T" in named:
         value = value.narrow(named.index("T"), index, 1)
-    return {"shape": list(value.shape), "axes": named, **_numbers(value)}
+    return {"shape": list(value.shape), "axes": named, **figures, **_numbers(value)}
 
 
 def _runs_a_layer(trace: Trace, index: int) -> bool:
@@ -263,18 +269,13 @@ def _axes(value: Tensor, comment: str | None, one: Pass) -> list[str]:
     return found
 
 
-def _value(name: str, value: Tensor, key: str, comment: str | None, one: Pass) -> dict[str, Any]:
-    """A value's name, shape and size; its numbers come on demand, by the key."""
+def _figures(value: Tensor) -> dict[str, float]:
+    """The size of all numbers of a value."""
     numbers = value if value.is_floating_point() else value.float()
     if not numbers.numel():
         numbers = torch.zeros(1)
     least, most = numbers.aminmax()
     return {
-        "name": name,
-        "key": key,
-        "shape": list(value.shape),
-        "axes": _axes(value, comment, one),
-        "dtype": str(value.dtype).removeprefix("torch."),
         "mean": numbers.mean(dtype=torch.float64).item(),
         "rms": torch.linalg.vector_norm(numbers, dtype=torch.float64).item() / math.sqrt(numbers.numel()),
         "min": least.item(),
