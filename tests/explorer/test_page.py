@@ -96,7 +96,8 @@ def test_a_hundred_selections_show_what_capture_gives(browser, session, port):
         const wait = () => {
             const rows = [...document.querySelectorAll("[data-weight]")];
             const values = [...document.querySelectorAll("#source .value")];
-            const ready = values.length && document.body.dataset.drawn === `${token} ${layer} ${head}`;
+            const filled = values.every((one) => one.querySelector(".stats").textContent);
+            const ready = values.length && filled && document.body.dataset.drawn === `${token} ${layer} ${head}`;
             if (!ready) return setTimeout(wait, 10);
             const name = (one) => one.dataset.value.split("/")[2];
             done([rows.map((one) => [one.dataset.weight, one.dataset.exact]),
@@ -222,7 +223,7 @@ def test_a_saved_page_opens_offline_with_the_same_figures(browser, session, port
     assert len(live) > 200
     with opened(browser, tmp_path, text) as page:
         page.evaluate(f"location.hash = '{place}'")
-        until(page, "at.layer === 15")
+        until(page, "at.token === 4 && at.layer === 15")
         assert figures(page) == live
         assert page.locator("#ask").is_hidden()
         page.evaluate("select({ layer: 3 })")

@@ -76,25 +76,20 @@ def test_views_are_what_the_lab_computes(session):
 def test_every_value_of_the_code_can_be_had_and_its_figures_are_right(session):
     recording = session.branches[0].recording
     trace = session.trace(recording, 1, 0)
-    shown = [
-        value for step in session.view("code", {"layer": 1, "token": 0})["steps"] for value in step["values"]
-    ]
+    place = {"layer": 1, "token": 0}
+    shown = [value for step in session.view("code", place)["steps"] for value in step["values"]]
     assert len(shown) > 40
     for value in shown:
         part, index, name = value["key"].split("/", 2)
         steps = recording.passes[0].code.steps if part == "top" else trace.steps
         exact = steps[int(index)].values[name].double()
-        assert (
-            value["shape"]
-            == list(exact.shape)
-            == session.view("value", {"layer": 1, "token": 0, "key": value["key"]})["shape"]
-        )
+        answer = session.view("value", {**place, "key": value["key"]})
+        assert value["shape"] == answer["shape"] == list(exact.shape)
         assert len(value["axes"]) == exact.dim()
-        assert (value["mean"], value["min"], value["max"]) == (
-            exact.mean().item(),
-            exact.min().item(),
-            exact.max().item(),
-        )
+        figures = exact.mean(), exact.min(), exact.max(), exact.square().mean().sqrt()
+        got = [answer[name] for name in ("mean", "min", "max", "rms")]
+        assert got[1:3] == [one.item() for one in figures[1:3]]
+        assert got == pytest.approx([one.item() for one in figures], rel=1e-9, abs=1e-12)
     for key in ("layer/0/nothing", "layer/999/x", "x", "", "top/-1/x", "layer/x/y"):
         with pytest.raises(tinyllama.InputError, match="no such value"):
             session.view("value", {"layer": 1, "token": 0, "key": key})

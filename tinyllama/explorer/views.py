@@ -177,7 +177,7 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
 
 
 def code_value(one: Pass, traced: Trace, key: str, index: int) -> dict[str, Any]:
-    """A value of `code`: its figures and numbers; of a large one the numbers of the token at `index` alone."""
+    """A value of `code`: its figures and numbers, of a large one those of the token at `index` alone."""
     part, step, name = key.split("/", 2)
     trace = one.code if part == "top" else traced
     value = trace.steps[int(step)].values[name]
