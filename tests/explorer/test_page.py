@@ -97,8 +97,8 @@ def test_a_hundred_selections_show_what_capture_gives(browser, session, port):
             const rows = [...document.querySelectorAll("[data-weight]")];
             const values = [...document.querySelectorAll("#source .value")];
             const filled = values.every((one) => one.querySelector(".stats").textContent);
-            const ready = values.length && filled && document.body.dataset.drawn === `${token} ${layer} ${head}`;
-            if (!ready) return setTimeout(wait, 10);
+            const drawn = document.body.dataset.drawn === `${token} ${layer} ${head}`;
+            if (!values.length || !filled || !drawn) return setTimeout(wait, 10);
             const name = (one) => one.dataset.value.split("/")[2];
             done([rows.map((one) => [one.dataset.weight, one.dataset.exact]),
                   values.map((one) => [name(one), one.querySelector(".stats").textContent])]);

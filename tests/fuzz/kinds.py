@@ -99,7 +99,6 @@ def kinds(sound: Path) -> dict[str, SearchStrategy[Case]]:
         return st.one_of(strategy(content), damaged(content)).map(lambda new: Case(kind, argv, {name: new}))
 
     pieces = tuple("pieces" if word == "model" else word for word in TOKENS)
-    chat = (*TOKENS, "--chat")
     return {
         "config": json_file("model/config.json", CONFIG_FIELDS, GENERATE, ("summary", "model")),
         "generation config": json_file("model/generation_config.json", (), GENERATE),
@@ -107,7 +106,10 @@ def kinds(sound: Path) -> dict[str, SearchStrategy[Case]]:
         "index": index(),
         "tokenizer.json": json_file("model/tokenizer.json", ("truncation",), TOKENS, GENERATE),
         "tokenizer.model": file("tokenizer.model", "pieces/tokenizer.model", message_edited, pieces),
-        "tokenizer config": json_file("model/tokenizer_config.json", TOKENIZER_FIELDS, chat, TOKENS),
+        "tokenizer config": st.one_of(
+            json_file("model/tokenizer_config.json", TOKENIZER_FIELDS, (*TOKENS, "--chat"), TOKENS),
+            json_file("pieces/tokenizer_config.json", TOKENIZER_FIELDS, (*pieces, "--chat"), pieces),
+        ),
         "template": template(),
         "conversation": conversation(),
         "healed": st.one_of(file("healed", "healed", header_edited, HEALED), healed(sound)),
@@ -164,11 +166,11 @@ def healed(sound: Path) -> SearchStrategy[Case]:
     header = json.loads(content[8 : 8 + size])
     record = json.loads(header["__metadata__"][KEY])
 
-    def case(text: bytes) -> Case:
+    def case(text: bytes, argv: tuple[str, ...]) -> Case:
         changed = header | {"__metadata__": {KEY: text.decode("utf-8", "replace")}}
-        return Case("healed", HEALED, {"healed": folders.file_of(changed, content[8 + size :])})
+        return Case("healed", argv, {"healed": folders.file_of(changed, content[8 + size :])})
 
-    return edited(record, ("settings", "losses")).map(case)
+    return st.builds(case, edited(record, ("settings", "losses")), st.sampled_from([HEALED, HEALED_ON]))
 
 
 def gguf() -> SearchStrategy[Case]:
@@ -235,7 +237,7 @@ def compiled() -> SearchStrategy[Case]:
     size = st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65, 128, 200])
     tensor = st.fixed_dictionaries(
         {
-            "shape": st.lists(size, max_size=3),
+            "shape": st.lists(size, min_size=0, max_size=3),
             "dtype": st.sampled_from(["float32", "bfloat16", "float16", "int8", "int64", "float64"]),
             "how": st.sampled_from(["plain", "transposed", "strided", "expanded", "meta"]),
         }
@@ -257,14 +259,24 @@ def compiled() -> SearchStrategy[Case]:
         st.sampled_from(["float32", "bfloat16", "float16", "int8"]),
         st.sampled_from(["float32", "bfloat16"]),
     )
-    calls = st.fixed_dictionaries(
-        {"name": st.sampled_from(["linear", "rms_norm"]), "plain": st.booleans()},
-        optional={"weight": tensor, "x": tensor, "scales": tensor, "scaled": st.booleans()},
+
+    def call(right: dict[str, Any], name: str, plain: bool, wrong: tuple[str, dict[str, Any]]) -> Case:
+        which, change = wrong
+        spec = {**right, "name": name, "plain": plain, which: {**right[which], **change}}
+        return Case("compiled", ("tests.fuzz.compiled:call", json.dumps(spec)))
+
+    # One thing is wrong, so that one check has to see it.
+    changes = tensor.flatmap(
+        lambda other: st.sampled_from(
+            [{}, {"shape": other["shape"]}, {"dtype": other["dtype"]}, {"how": other["how"]}]
+        )
     )
     return st.builds(
-        lambda right, call: Case("compiled", ("tests.fuzz.compiled:call", json.dumps(right | call))),
+        call,
         fitting,
-        calls,
+        st.sampled_from(["linear", "linear", "rms_norm"]),
+        st.booleans(),
+        st.tuples(st.sampled_from(["weight", "x", "scales"]), changes),
     )
 
 
@@ -365,11 +377,24 @@ WORDS = """
 """.split()  # noqa: SIM905
 LIGHT = ("--tokens", "16", "--rounds", "1", "--new-tokens", "2", "--text", "text.txt", "--prompt", "a")
 HEALED = ("lab", "window:size=4", "--healed", "healed", "--model", "model", "--threads", "1", *LIGHT)
+HEALED_ON = (
+    "heal",
+    "window:size=4",
+    "--model",
+    "model",
+    "--text",
+    "text.txt",
+    "--steps",
+    "2",
+    "--out",
+    "healed",
+)
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "generate": ("--model", "model", *SHORT),
     "chat": ("--model", "model", *SHORT),
     "tokens": ("--model", "model"),
     "lab": ("--model", "model", "--threads", "1", *LIGHT),
     "heal": ("--model", "model", "--steps", "1", "--text", "text.txt", "--length", "8", "--batch", "1"),
+    "explore": ("--model", "model", "--text"),
     "decoding": ("--model", "model", "--max-new-tokens", "3", "--temperature", "1"),
 }

@@ -13,7 +13,7 @@ from tests.marks import unix
 
 pytestmark = unix
 # What takes longer than seconds is killed and started twice by `make fuzz` alone.
-QUICK = ["chat", "lab", "heal"]
+QUICK = ["chat", "lab", "heal", "explore"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -28,7 +28,7 @@ def test_a_folder_that_is_read_only_is_said_in_one_line(judge: Judge, sound: Pat
     assert writer.unchanged(folder)
 
 
-@pytest.mark.parametrize("name", ["chat", "lab", "heal", "parity"])
+@pytest.mark.parametrize("name", [*QUICK, "parity"])
 def test_a_full_disk_is_said_in_one_line(judge: Judge, sound: Path, tmp_path: Path, name: str):
     writer, folder = WRITERS[name], tmp_path / "at"
     outcome = judge(replace(writer.command(sound, folder), largest_file=writer.room))

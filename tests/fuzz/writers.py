@@ -85,6 +85,9 @@ WRITERS = {
          "--length", "16", "--batch", "1", "--out", "out"),
         "out", load_healed, old=None,
     ),
+    "explore": Writer(
+        ("explore", *MODEL, "--weights", "exact", "--html", "page.html", "a b"), "page.html", page
+    ),
     "parity": Writer(
         ("parity", "model", "--quick", "--dtype", "float32", "--text", "text.txt", "--attention", "sdpa",
          "--html", "parity.html"),
@@ -100,7 +103,7 @@ WRITERS = {
 
 def kill_at_random(judge: Judge, sound: Path, draw: random.Random, times: int) -> Iterator[str]:
     """Kill commands at random moments of their run; gives the faults."""
-    for name in draw.choices(["chat", "lab", "heal"], k=times):
+    for name in draw.choices(["chat", "lab", "heal", "explore"], k=times):
         writer = WRITERS[name]
         with tempfile.TemporaryDirectory() as scratch:
             command = writer.command(sound, Path(scratch) / "whole")

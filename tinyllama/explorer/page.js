@@ -616,7 +616,7 @@ sections.decoding = async (fresh) => {
   if (!fresh()) return;
   const names = ["logit", "penalised", "scaled", "top_k", "top_p", "p", "arrival"];
   const titles = { logit: "logit", penalised: "after penalty", scaled: "÷ temperature", top_k: "top-k", top_p: "top-p", p: "probability", arrival: "arrives at" };
-  $("choice").replaceChildren(el("table", {}, el("caption", {}, choice.greedy ? "greedy: the largest logit wins" : `${choice.kept} candidates are left; the first to arrive is chosen, after a random time with mean 1/p`),
+  $("choice").replaceChildren(el("table", {}, el("caption", {}, choice.greedy ? "greedy: the largest logit wins" : `${choice.kept} ${choice.kept === 1 ? "candidate is" : "candidates are"} left; the first to arrive is chosen, after a random time with mean 1/p`),
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "after this token"), ...names.map((name) => el("th", { class: "figure", scope: "col" }, titles[name])), el("th"))),
     el("tbody", {}, ...choice.candidates.map((row) => el("tr", {}, el("th", { scope: "row", class: "mono" }, visible(row.text)),
       ...names.map((name) => el("td", { class: "figure" + (name === "arrival" && row.id === choice.drawn ? " chosen" : ""), "data-choice": name }, name === "p" ? percent(row.p) : row[name] === null ? "out" : digits(row[name]))),
