@@ -29,9 +29,9 @@ MEMORY = 1 << 30  # bytes beyond what the imports take
 LONGEST_LINE = 1200
 IMPORTS = """
     torch safetensors.torch sentencepiece tokenizers tinyllama.__main__ tinyllama.generation
-    tinyllama.text.conversation tinyllama.lab.kernel_file tinyllama.lab.scorecard tinyllama.lab.healed tinyllama.explorer.session
-    tinyllama.cli.options tinyllama.text.routes tinyllama.text.template huggingface_hub.hf_api
-    huggingface_hub.file_download torch._meta_registrations torch._refs torch._dynamo
+    tinyllama.text.conversation tinyllama.lab.kernel_file tinyllama.lab.scorecard tinyllama.lab.healed
+    tinyllama.explorer.session tinyllama.cli.options tinyllama.text.routes tinyllama.text.template
+    huggingface_hub.hf_api huggingface_hub.file_download torch._meta_registrations torch._refs torch._dynamo
 """
 
 
