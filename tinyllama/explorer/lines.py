@@ -69,10 +69,18 @@ class Call:
 
 @dataclass
 class Trace:
-    """What ran, in its order: the steps, and the calls that they belong to."""
+    """What ran, in its order.
+
+    Attributes:
+        calls: the functions.
+        steps: their statements.
+        left_out: the index of the step that made each call which is not watched.
+        running: the functions that run now.
+    """
 
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
     running: list[_Open] = field(default_factory=list, repr=False)
     _copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -128,10 +136,15 @@ class _Watcher:
         return code.co_filename in self.files and code.co_name[0] not in "<_"
 
     def start(self, frame: FrameType) -> None:
-        if self._skipped is not None or self.skip(frame):
-            self._skipped = self._skipped or frame
+        running = self.trace.running
+        if self._skipped is not None:
             return
-        seen, running = dict(frame.f_locals), self.trace.running
+        if self.skip(frame):
+            self._skipped = frame
+            if running and running[-1].step is not None:
+                self.trace.left_out.append(running[-1].step)
+            return
+        seen = dict(frame.f_locals)
         name = getattr(frame.f_code, "co_qualname", None) or _qualified(frame)
         self.trace.calls.append(
             Call(frame.f_code, name, running[-1].step if running else None, _tensors(seen))

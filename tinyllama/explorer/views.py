@@ -146,7 +146,7 @@ def code(one: Pass, layer: int, traced: Trace) -> dict[str, Any]:
         layer: which layer's statements are among them.
         traced: that layer's.
     """
-    enters = [index for index, step in enumerate(one.code.steps) if _runs_a_layer(one.code, index)]
+    enters = one.code.left_out  # the layers
     cut = enters[layer] + 1
     order = [("top", one.code, index) for index in range(cut)]
     order += [("layer", traced, index) for index in range(len(traced.steps))]
@@ -188,13 +188,6 @@ def code_value(one: Pass, traced: Trace, key: str, index: int) -> dict[str, Any]
     if value.numel() > LARGEST and "T" in named:
         value = value.narrow(named.index("T"), index, 1)
     return {"shape": list(value.shape), "axes": named, **figures, **_numbers(value)}
-
-
-def _runs_a_layer(trace: Trace, index: int) -> bool:
-    step = trace.steps[index]
-    call = trace.calls[step.call]
-    first, lines = call.source
-    return call.name.endswith("hidden_states") and "block(" in lines[step.line - first]
 
 
 def _described(call: Call) -> dict[str, Any]:
