@@ -99,6 +99,7 @@ function svg(tag, attributes = {}, ...children) {
 
 // What cannot be seen in a text is written out; the rest stays text, whatever it holds.
 function visible(text) {
+  if (/^ +$/.test(text)) return "␣".repeat(text.length);
   return text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, (c) =>
     c === "\n" ? "↵" : c === "\t" ? "⇥" : "\\u" + c.codePointAt(0).toString(16).padStart(4, "0")) || "∅";
 }
@@ -520,11 +521,11 @@ function lookingAt(one, row) {
 
 function stages(answer, fresh) {
   if (!fresh()) return;
-  const steps = answer.steps.flatMap((step) => step.values.filter((value) => value.axes.join("") === "BHTS" && value.name !== "return"));
   const rows = [];
-  for (const value of steps) {
+  for (const step of answer.steps) for (const value of step.values) {
+    if (value.axes.join("") !== "BHTS" || value.name === "return") continue;
     const canvas = el("canvas", { role: "img", "aria-label": value.name });
-    rows.push(el("p", { class: "value" }, el("b", {}, value.name), canvas));
+    rows.push(el("p", {}, el("b", {}, value.name), ` in ${answer.calls[step.call].name}`, canvas));
     picture(canvas, value);
   }
   $("stages").replaceChildren(...rows, rows.length ? "" : "this kernel shows none");
