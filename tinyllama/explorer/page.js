@@ -491,7 +491,7 @@ function map(one, whole) {
   const canvas = $("map");
   if (!whole) {
     canvas.hidden = true;
-    $("map-title").textContent += `: ${one.kernels[at.layer]} shows no pattern`;
+    $("map-title").textContent += `: ${one.kernels[at.layer]} shows no pattern; a kernel that calls eager, not sdpa, does`;
     return;
   }
   canvas.hidden = false;

@@ -21,7 +21,7 @@ def show(session: Session) -> None:
     table = Table(*numbers, "text", Column("surprise", justify="right"), "expected next")
     for position, token in enumerate(views.tokens(recording, session.tokenizer)):
         surprise = "" if token["surprise"] is None else f"{token['surprise']:.2f}"
-        expected = "  ".join(f"{escape(word)!r} {p:.0%}" for _, word, p in token["next"][:3])
+        expected = "  ".join(f"‘{escape(word)}’ {p:.0%}" for _, word, p in token["next"][:3])
         cells = str(position), str(token["id"]), escape(token["text"] or "·"), surprise, expected
         table.add_row(*map(Text, cells))
     console.print(table)
@@ -32,15 +32,15 @@ def show(session: Session) -> None:
         (value, layer, head) for layer, heads in enumerate(parts["heads"]) for head, value in enumerate(heads)
     ]
     word = escape(views.text(session.tokenizer, target))
-    console.print(Text(f"\nthe heads that add most to the logit of {word!r}, {parts['logit']:.2f}"))
+    console.print(Text(f"\nthe heads that add most to the logit of ‘{word}’, {parts['logit']:.2f}"))
     table = Table(*(Column(name, justify="right") for name in ("layer", "head", "adds")), "looks at")
     shown = views.characters(recording.ids, session.tokenizer)
     adds.sort(reverse=True)
     for value, layer, head in adds[:8]:
         row = views.attention_row(recording, layer, head, last) or []
         order = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:3]
-        looks = "  ".join(f"{at} {escape(shown[at][0])!r} {row[at]:.0%}" for at in order)
-        table.add_row(str(layer), str(head), f"{value:.2f}", Text(looks))
+        looks = "  ".join(f"{at} ‘{escape(shown[at][0])}’ {row[at]:.0%}" for at in order)
+        table.add_row(str(layer), str(head), f"{value:.2f}", Text(looks or "its kernel shows no pattern"))
     console.print(table)
 
     _, layer, head = adds[0]
