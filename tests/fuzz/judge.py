@@ -183,8 +183,9 @@ def become(command: Command, scratch: Path) -> None:
         os.dup2(os.open(scratch / name, flags), descriptor)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 3 * MEMORY,) * 2)  # a bomb must not take the machine
+    resource.setrlimit(
+        resource.RLIMIT_AS, (in_memory(0) + 4 * MEMORY,) * 2
+    )  # a bomb must not take the machine
     if command.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command.largest_file,) * 2)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails, as on a full disk
@@ -213,6 +214,11 @@ def become(command: Command, scratch: Path) -> None:
         os._exit(status)
 
 
+def in_memory(kind: int) -> int:
+    """Bytes of this process now: 0 for all addresses, 1 for what is in memory, with which a child begins."""
+    return int(Path("/proc/self/statm").read_text().split()[kind]) * resource.getpagesize()
+
+
 def obey_permissions() -> None:
     """Give up root's right to override the permissions of files (capabilities 1 and 2 of Linux)."""
     header, held = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -238,13 +244,12 @@ def finish(command: Command, scratch: Path, child: int, started: float) -> Outco
     if not done:
         os.kill(child, signal.SIGKILL)  # it may not have become a group yet
         _, status, usage = os.wait4(child, 0)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read: dict[str, Any] = {
         name: (scratch / name).read_bytes()[: 1 << 16].decode("utf-8", "replace")
         for name in ("stdout", "stderr")
     }
     code = None if not done and not command.kill_after else os.waitstatus_to_exitcode(status)
-    return Outcome(code, seconds, max(usage.ru_maxrss - own, 0) * 1024, **read)
+    return Outcome(code, seconds, max(usage.ru_maxrss * 1024 - in_memory(1), 0), **read)
 
 
 if __name__ == "__main__":
