@@ -68,6 +68,8 @@ def trusted_kernel(spec: str, named: Iterable[str]) -> Kernel:
 
 def failure_in_a_kernel_file(error: BaseException) -> InputError | None:
     """What to say of an error that a user's kernel raised: the file, its line, the error. None for others."""
+    if isinstance(error.__cause__, StopIteration):  # a generator makes a RuntimeError of it
+        error = error.__cause__
     lines = [
         f"{frame.f_code.co_filename}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
