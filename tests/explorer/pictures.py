@@ -25,6 +25,7 @@ def main() -> None:
         page.goto(f"http://127.0.0.1:{port}/{SECRET}/#token=12&layer=23&head=4&key=11")
         page.wait_for_selector("#source .now")
         page.evaluate(f"go({KERNEL_CALL})")
+        page.evaluate("document.getElementById('bar').style.display = 'none'")  # it would lie over the rest
         take(page, "#code", "code")
         take(page, "#attention .atlas", "attention")
         take(page, "#stream", "stream")

@@ -181,7 +181,8 @@ def become(command: Command, scratch: Path) -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         flags = os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_APPEND
         os.dup2(os.open(scratch / name, flags), descriptor)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")  # as Python has it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(
         resource.RLIMIT_AS, (in_memory(0) + 4 * MEMORY,) * 2

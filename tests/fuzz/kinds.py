@@ -342,7 +342,6 @@ KERNEL_HEADS = [
 ]
 KERNEL_STARTS = [
     "    pass",
-    "    raise KeyboardInterrupt",
     "    raise SystemExit(0)",
     "    raise ValueError('\\x1b[2J')",
     "    class E(BaseException): pass\n    raise E('x')",

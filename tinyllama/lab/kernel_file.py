@@ -123,6 +123,8 @@ def _check_arguments(path: Path, name: str, function: Kernel) -> None:
     """Raise InputError unless it can be called with queries, keys, values and a context."""
     if isinstance(function, type):
         raise InputError(f"{path}: {name} is a class, expected a kernel; make one: kernel = {name}()")
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"{path}: {name} is an async function, which a kernel cannot be; leave out async")
     try:
         signature = inspect.signature(function)
     except ValueError:  # a function that is not written in Python
