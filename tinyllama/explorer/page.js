@@ -231,7 +231,7 @@ async function drawVisible() {
     }
     $(name).querySelector(".failed")?.remove();
     // What is drawn now, for whoever waits for it.
-    if (mine === turn && name === "attention") document.body.dataset.drawn = `${at.token} ${at.layer} ${at.head}`;
+    if (mine === turn) $(name).dataset.drawn = `${at.token} ${at.layer} ${at.head}`;
   }
 }
 
