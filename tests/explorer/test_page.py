@@ -190,6 +190,14 @@ def test_forks_are_made_and_compared_in_the_page(browser, session, port):
         assert "heads = torch.tensor([3, 4, 5])" in page.inner_text(f"[data-python='{number}']")
         page.locator("#decoding").scroll_into_view_if_needed()
         settle(page)
+        page.fill("#beside input", "Yes")
+        page.click("#beside button")
+        page.wait_for_selector("#rows table")
+        cells = page.eval_on_selector_all(
+            "[data-row='1'] tr", "rows => rows.map((row) => row.innerText.split(/\\s+/))"
+        )
+        assert cells[1][-2:] == ["-1", "0"]
+        assert {"padding", "Yes"} <= set(cells[3])
         before = page.evaluate("current().tokens.length")
         page.click("#step")
         until(page, f"current().tokens.length === {before + 1}")
@@ -200,6 +208,18 @@ def test_forks_are_made_and_compared_in_the_page(browser, session, port):
         until(page, f"at.branch > {number}")
         settle(page)
         assert page.evaluate("current().tokens.length") == 5
+        page.locator("#forks").scroll_into_view_if_needed()
+        page.select_option("#fork select[name=kind]", "patch")
+        page.select_option("#fork select[name=part]", "head")
+        page.fill("#fork input[name=text]", "The capital of Spain")
+        page.fill("#fork input[name=from]", "2")
+        page.click("#fork button")
+        until(page, f"at.branch > {number + 1}")
+        made = session.branches[page.evaluate("at.branch")]
+        assert made.name.startswith("head 4 of layer 23 at token ")
+        assert made.name.endswith(" from token 2 of 'The capital of Spain'")
+        page.evaluate("act('forget', { branch: 3 })")
+        until(page, "state.branches.length === 3")
         page.evaluate(
             "act('forget', { branch: 2 }).then(() => act('forget', { branch: 1 })).then(() => select({}))"
         )
@@ -219,7 +239,7 @@ def test_a_saved_page_opens_offline_with_the_same_figures(browser, session, port
 
     with tab(browser, port, f"#{place}") as page:
         live = figures(page)
-    text, _ = whole_page(answers(session, 15, 4))
+    text = whole_page(answers(session, 15, 4))
     assert len(text) < 5e6
     assert len(live) > 200
     with opened(browser, tmp_path, text) as page:
@@ -295,4 +315,4 @@ def test_a_notebook_shows_the_page_in_its_cell(browser, session, tmp_path):
     tab.close()
     assert complaints == []
     explored.save(tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text("utf-8").endswith("</html>\n")
+    assert (tmp_path / "page.html").read_text("utf-8").endswith("</html>")

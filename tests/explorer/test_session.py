@@ -95,6 +95,21 @@ def test_every_value_of_the_code_can_be_had_and_its_figures_are_right(session):
             session.view("value", {"layer": 1, "token": 0, "key": key})
 
 
+@pytest.mark.parametrize("other", ["b", "a a a a a a a a a a a b b a"])
+def test_a_batch_is_drawn_as_generate_reads_it(session, other):
+    ids, others = session.branches[0].recording.ids, session.tokenizer.encode(other)
+    answer = session.view("batch", {"text": other})
+    longest = max(len(ids), len(others))
+    for row, own in zip(answer["rows"], (ids, others), strict=True):
+        padding = longest - len(own)
+        assert row["positions"] == [-1] * padding + list(range(len(own)))
+        assert row["written"] == [padding > 0] + [True] * len(own) + [False] * padding
+        assert row["visible"] == [True] * len(own) + [False] * padding
+        (alone,) = generate(session.model, [own], max_new_tokens=1, eos_ids=())
+        assert row["next"][0] == alone[0]
+    assert answer["apart"] < 1e-4
+
+
 def forked(session, **body):
     number = session.act("fork", {"branch": 0, **body})["branch"]
     return session.branches[number]
@@ -131,6 +146,24 @@ def test_forks_are_patch_and_set_attention_exactly(session):
     other = forked(session, kind="patch", layer=1, token=2, text="b b")
     put = {"layers.1": lambda x: x.index_copy(1, torch.tensor([2]), value[None, None])}
     assert torch.equal(other.recording.passes[-1].logits, patched(put))
+    for part, place, index in (
+        ("attention", "self_attn", 0),
+        ("mlp", "mlp", 0),
+        ("head", "self_attn.z", (0, 5)),
+    ):
+        address = f"layers.1.{place}"
+        with tinyllama.capture(model, address) as seen:
+            logits(model, source)
+        expected = seen[address][index][1]
+
+        def put_in(x, expected=expected, index=index):
+            x = x.clone()
+            x[index][3] = expected
+            return x
+
+        body = {"layer": 1, "token": 3, "text": "b b", "part": part, "from": 1, "heads": [5]}
+        other = forked(session, kind="patch", **body)
+        assert torch.equal(other.recording.passes[-1].logits, patched({address: put_in}))
     # The code and the patterns of a fork are those with the change.
     trace = session.trace(session.branches[1].recording, 2, 0)
     assert all(step.values["z"][0, 1].abs().max() == 0 for step in trace.steps if "o_proj" in step.values)
@@ -144,6 +177,8 @@ def test_the_python_of_a_fork_gives_its_logits(session):
         {"kind": "kernel", "kernel": "window", "layer": 1, "heads": None},
         {"kind": "kernel", "kernel": "ablate", "layer": 1, "heads": [2]},
         {"kind": "patch", "layer": 1, "token": 2, "text": "b'b"},
+        {"kind": "patch", "layer": 1, "token": 2, "text": "b b", "part": "head", "heads": [3], "from": 0},
+        {"kind": "patch", "layer": 1, "token": 2, "text": "b b", "part": "mlp", "from": 1},
         {"kind": "token", "token": 3, "id": 9},
     ):
         model.set_attention(eager)
@@ -215,6 +250,15 @@ def test_two_branches_are_compared(session):
         (("act", "text", {"text": "a " * 900}), "900 tokens|90[0-9] tokens, the context of the model 256"),
         (("act", "fork", {"kind": "x", "layer": 0}), "part: expected"),
         (("act", "fork", {"kind": "heads", "layer": 0, "heads": [8]}), "heads: expected 0 to 7"),
+        (
+            ("act", "fork", {"kind": "patch", "layer": 0, "token": 0, "text": "a", "part": "x"}),
+            "part: expected",
+        ),
+        (
+            ("act", "fork", {"kind": "patch", "layer": 0, "token": 0, "text": "a", "from": 9}),
+            "from: expected",
+        ),
+        (("view", "batch", {"text": None}), "text: expected"),
         (("act", "fork", {"kind": "heads", "layer": 0, "heads": [True]}), "heads: expected 0 to 7"),
         (
             ("act", "fork", {"kind": "kernel", "layer": 0, "kernel": "/etc/passwd:x"}),
@@ -251,10 +295,10 @@ def test_a_saved_page_holds_the_answers_and_escapes_everything(session, tmp_path
     session.act("text", {"text": "</script><script>alert(1)</script>"})
     forked(session, kind="mlp", layer=1)
     saved = answers(session, 2, 0)
-    text, policy = page(saved)
+    text = page(saved)
     assert "alert(1)" not in text
     (data,) = re.findall(r'id="saved">([A-Za-z0-9+/=]*)</script>', text)
     assert json.loads(zlib.decompress(base64.b64decode(data))) == json.loads(json.dumps(saved))
-    assert "connect-src 'none'" in policy
+    assert "connect-src &#39;none&#39;" in text
     for key in ("state?", "heads?branch=1", "map?branch=0&layer=3&head=7", "compare?branch=1&parent=0"):
         assert key in saved

@@ -88,21 +88,55 @@ def other_kernel(spec: str, kernel: Kernel, layer: int, heads: tuple[int, ...] |
     )
 
 
-def patched_in(address: str, token: int, value: Tensor, source: str, source_ids: list[int]) -> Fork:
-    """A value of another text, (C,), in the place of this text's at one token."""
+# What can be put in from another text -> its address after that of the layer.
+PARTS = {"layer": "", "attention": ".self_attn", "mlp": ".mlp", "head": ".self_attn.z"}
+
+
+def patched_in(part: str, layer: int, head: int, token: int, other: Recording, at: int, text: str) -> Fork:
+    """A value of another text at one of its tokens, in the place of this text's at one token.
+
+    Args:
+        part: of PARTS: the layer's output, what its attention or its MLP adds, or a head's output.
+        layer: the layer.
+        head: the head, where one is meant.
+        token: where in this text.
+        other: the other text.
+        at: where in the other text.
+        text: the other text as it was written.
+    """
+    if part not in PARTS:
+        raise InputError(f"part: expected {', '.join(PARTS)}, got {part!r:.40}")
+    address = f"layers.{layer}{PARTS[part]}"
+    one, index = other.at(at)
+    place = f"0, {head}" if part == "head" else "0"
+
+    def rows(x: Tensor) -> Tensor:
+        return x[0, head] if part == "head" else x[0]
+
+    value = rows(one.value(layer, address))[index]
 
     def put(x: Tensor, start: int) -> Tensor:
-        if not start <= token < start + x.shape[1]:
+        if not start <= token < start + x.shape[-2]:
             return x
-        return x.index_copy(1, torch.tensor([token - start], device=x.device), value[None, None].to(x))
+        x = x.clone()
+        rows(x)[token - start] = value
+        return x
 
     python = (
-        f"other = {source_ids}  # {source!r:.60}\n"
+        f"other = {other.ids}  # {text!r:.60}\n"
         f'with tinyllama.capture(model, "{address}") as seen:\n'
         "    model(torch.tensor([other]))\n"
-        f'value = seen["{address}"][0, -1]\n'
-        f'with tinyllama.patch(model, {{"{address}": lambda x: x.index_copy(1, torch.tensor([{token}]), '
-        "value[None, None])}):\n"
+        f'value = seen["{address}"][{place}, {at}]\n'
+        "def put(x):\n"
+        "    x = x.clone()\n"
+        f"    x[{place}, {token}] = value\n"
+        "    return x\n"
+        f'with tinyllama.patch(model, {{"{address}": put}}):\n'
         "    logits = model(torch.tensor([ids]))"
     )
-    return Fork(f"{address} at token {token} from {source!r:.40}", python, {address: put})
+    which = {"layer": f"layer {layer}", "head": f"head {head} of layer {layer}"}
+    return Fork(
+        f"{which.get(part, f'layer {layer}, {part},')} at token {token} from token {at} of {text!r:.40}",
+        python,
+        {address: put},
+    )

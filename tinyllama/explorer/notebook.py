@@ -38,7 +38,7 @@ class Explored:
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, whose scripts reach nothing else."""
-        text, _policy = page(answers(self.session, self._layer, self._head))
+        text = page(answers(self.session, self._layer, self._head))
         frame = 'sandbox="allow-scripts" style="width: 100%; height: 52rem; border: 1px solid #8884"'
         return f'<iframe title="tinyllama explorer" {frame} srcdoc="{html.escape(text)}"></iframe>'
 

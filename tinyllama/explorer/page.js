@@ -632,6 +632,27 @@ sections.decoding = async (fresh) => {
 $("settings").addEventListener("input", () => { dirty.add("decoding"); drawVisible(); });
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 
+$("beside").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const answer = await ask("batch", { branch: at.branch, text: $("beside").text.value }).catch((error) => say(error.message));
+  if (!answer) return;
+  say("");
+  const columns = answer.rows[0].positions.length;
+  const cells = (name, values, kinds) => el("tr", {}, el("th", { scope: "row" }, name), ...values.map((value, n) => el("td", { class: "figure " + kinds(n) }, String(value))));
+  $("rows").replaceChildren(el("table", { class: "slots" }, ...answer.rows.map((row, number) => {
+    const padding = columns - row.tokens.length, word = (n) => visible(row.tokens[n] || "·");
+    const pad = (n) => (n < padding ? "pad" : "");
+    const held = (n) => (n === 0 ? (row.written[0] ? "padding" : "") : row.written[n] ? word(n - 1) : "");
+    return el("tbody", { "data-row": number },
+      cells(`row ${number} reads`, row.positions.map((_, n) => (n < padding ? "pad" : word(n - padding))), pad),
+      cells("position", row.positions, pad),
+      cells("its slot", row.positions.map((position) => position + 1), pad),
+      cells("slots 0 to " + columns, row.written.map((_, n) => held(n)), (n) => (n > 0 && row.visible[n - 1] ? "read" : "pad")));
+  })));
+  $("batch-text").textContent = answer.rows.map((row, number) => `Row ${number} goes on with ‘${visible(row.next[1])}’ (${percent(row.next[2])}).`).join(" ")
+    + ` Coloured slots are what the last query of a row may look at; padding is written to slot 0, which nothing reads. Row 0's logits are at most ${digits(answer.apart)} from those without the other text.`;
+});
+
 async function step(count) {
   for (let n = 0; n < count; n++) {
     const last = current().tokens.length - 1;
@@ -656,10 +677,11 @@ $("fork").addEventListener("change", () => {
 });
 $("fork").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const { kind, kernel, text } = Object.fromEntries(new FormData($("fork"))), one = current();
+  const { kind, kernel, text, part, from } = Object.fromEntries(new FormData($("fork"))), one = current();
   const group = [...Array(one.H).keys()].filter((head) => Math.floor((head * one.K) / one.H) === served());
-  const body = { branch: at.branch, kind, layer: at.layer, token: at.token, kernel, text };
-  if (kind === "heads" || kind === "kernel-head") body.heads = [at.head];
+  const body = { branch: at.branch, kind, layer: at.layer, token: at.token, kernel, text, part };
+  if (from) body.from = Number(from);
+  if (kind === "heads" || kind === "kernel-head" || (kind === "patch" && part === "head")) body.heads = [at.head];
   if (kind === "group") body.heads = group;
   body.kind = { group: "heads", "kernel-head": "kernel" }[kind] || kind;
   const branch = await act("fork", body).catch(() => null);
@@ -719,7 +741,7 @@ async function unpacked(text) {
   fromHash();
   $("model").textContent = `${one.model}: ${one.parameters.toLocaleString("en")} parameters, ${one.L} layers, ${one.H} query heads over ${one.K} KV heads of ${one.D}, attention by ${[...new Set(one.kernels)].join(" and ")}`;
   $("ask").hidden = OFFLINE;
-  for (const id of ["step", "ten", "fork"]) $(id).classList.toggle("offline", OFFLINE);
+  for (const id of ["step", "ten", "fork", "batch"]) $(id).classList.toggle("offline", OFFLINE);
   $("prompt").value = one.tokens.slice(0, one.passes[0][1]).map((token) => token.text).join("");
   $("fork").kernel.replaceChildren(...state.kernel_names.map((name) => el("option", {}, name)));
   const observer = new IntersectionObserver((entries) => {

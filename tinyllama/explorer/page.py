@@ -7,41 +7,29 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from tinyllama.checkpoints.files import replace_text
 from tinyllama.explorer.session import Session
+from tinyllama.pages import render
 
 # The settings with which the page begins, in the order of its form.
 SETTINGS = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 0}
 
 
-def page(saved: Mapping[str, Any]) -> tuple[str, str]:
-    """The HTML, and the policy that lets its own script and style run and nothing else.
+def page(saved: Mapping[str, Any]) -> str:
+    """The HTML, whose own script and style alone may run.
 
     Args:
-        saved: answers by what is asked for ("view/heads?branch=0"); empty for a page that asks a server.
+        saved: answers by what is asked for ("heads?branch=0"); empty for a page that asks a server.
     """
-    own = files("tinyllama.explorer")
-    style = files("tinyllama.pages").joinpath("base.css").read_text("utf-8")
-    style += own.joinpath("page.css").read_text("utf-8")
-    script = own.joinpath("page.js").read_text("utf-8")
     data = base64.b64encode(zlib.compress(json.dumps(saved, allow_nan=False).encode(), 9)) if saved else b""
-    source = "'self'" if not saved else "'none'"
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{_sha256(style)}'; script-src 'sha256-{_sha256(script)}'; "
-        f"connect-src {source}; base-uri 'none'; form-action 'none'"
+    connect = "'none'" if saved else "'self'"
+    return render(
+        "tinyllama.explorer", {}, lambda key, value: str(value), connect=connect, saved=data.decode()
     )
-    template = own.joinpath("page.html").read_text("utf-8")
-    parts = {"policy": policy, "style": style, "script": script, "saved": data.decode()}
-    for name, part in parts.items():
-        before, found, after = template.partition(f"{{{{ {name} }}}}")
-        assert found, name
-        template = before + part + after
-    return template, policy
 
 
 def save(session: Session, path: Path, layer: int | None = None, head: int = 0) -> None:
@@ -51,8 +39,7 @@ def save(session: Session, path: Path, layer: int | None = None, head: int = 0) 
         InputError: the file cannot be written.
     """
     middle = session.model.config.num_hidden_layers // 2
-    text, _policy = page(answers(session, middle if layer is None else layer, head))
-    replace_text(path, text)
+    replace_text(path, page(answers(session, middle if layer is None else layer, head)))
 
 
 def answers(session: Session, layer: int, head: int) -> dict[str, Any]:
@@ -109,7 +96,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

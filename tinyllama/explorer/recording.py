@@ -30,6 +30,7 @@ import tinyllama.rope
 from tinyllama.attention import AttentionMask, Kernel, eager, sdpa
 from tinyllama.errors import InputError
 from tinyllama.explorer.lines import Trace, watched
+from tinyllama.generation import prefill
 from tinyllama.hooks import hooked, patch
 from tinyllama.kernels import ByHead, kernel_code
 from tinyllama.model import Block, Llama
@@ -111,11 +112,14 @@ class Pass:
         """The attention pattern of a layer, (H, T, S); None if its kernel shows none."""
         if layer in self.patterns or self.heads[layer] is None:
             return self.patterns.get(layer)
+        return self.value(layer, f"layers.{layer}.self_attn.pattern")[0]
+
+    def value(self, layer: int, address: str) -> Tensor:
+        """The value at an address of a layer, by running its code once more on what came into it."""
         found: list[Tensor] = []
-        address = f"layers.{layer}.self_attn.pattern"
         with self.recording.changes(layer), hooked(self.recording.model, {address: found.append}):
             self._run(layer)
-        return found[-1][0]
+        return found[-1]
 
     def trace(self, layer: int) -> Trace:
         """The lines of a layer and their values, by running its code once more on what came into it."""
@@ -317,6 +321,47 @@ class Recording:
         )
         if rows.numel() * L <= KEPT_NUMBERS:
             one.patterns[layer] = pattern[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of different lengths in one pass, as `generate` reads them; T is the longest, S the slots read.
+
+    Attributes:
+        positions: of each row's columns, (B, T); -1 is padding, which stands on the left.
+        visible: which slots the last query of each row may look at, (B, S).
+        written: which slots hold keys, (B, 1 + S); slot 0 takes those of padding, slot p + 1 position p.
+        logits: of each row's next token, (B, V).
+    """
+
+    positions: Tensor
+    visible: Tensor
+    written: Tensor
+    logits: Tensor
+
+
+def together(recording: Recording, other: Sequence[int]) -> Batch:
+    """Read a recording's text and another one in one batch, with its kernels and changes."""
+    model, prompts = recording.model, [recording.ids, list(other)]
+    cache = model.new_cache(2, max(map(len, prompts)))
+    masks: list[AttentionMask] = []
+
+    def masked(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        masks.append(args[2])
+
+    handle = model.layers[0].register_forward_pre_hook(masked)
+    recording.start = 0
+    try:
+        with recording.changes():
+            logits = prefill(model, prompts, cache, PART)
+    finally:
+        handle.remove()
+    return Batch(
+        positions=torch.cat([mask.query_positions.expand(2, -1) for mask in masks], dim=1),
+        visible=masks[-1].allowed[:, 0, -1].expand(2, -1),
+        written=(cache.keys != 0).any(4).any(2).any(0),
+        logits=logits,
+    )
 
 
 def record(

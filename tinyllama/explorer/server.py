@@ -54,8 +54,7 @@ def application(session: Session, token: str, host: str) -> Starlette:
         return checked
 
     async def whole_page(_request: Request) -> Response:
-        text, policy = page({})
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return HTMLResponse(page({}), headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
     async def saved(request: Request) -> Response:
         place = [request.query_params.get(name, "0") for name in ("layer", "head")]
@@ -64,7 +63,7 @@ def application(session: Session, token: str, host: str) -> Starlette:
         layer, head = (
             min(int(n), end - 1) if n.isdecimal() else 0 for n, end in zip(place, limits, strict=True)
         )
-        text, _policy = page(await run_in_threadpool(answers, session, layer, head))
+        text = page(await run_in_threadpool(answers, session, layer, head))
         return HTMLResponse(text, headers={"Content-Disposition": "attachment; filename=tinyllama.html"})
 
     async def view(request: Request) -> Response:

@@ -83,6 +83,9 @@ class Session:
             "neurons": self._neurons,
             "rope": self._rope,
             "choice": self._choice,
+            "batch": lambda query: views.batch(
+                self._recording(query), self.tokenizer, self._encoded(query.get("text"))
+            ),
             "cache": lambda query: views.cache_slots(*self._place(query, "token")),
             "compare": lambda query: views.compare(
                 self._recording({"branch": query.get("parent", 0)}), self._recording(query), self.tokenizer
@@ -259,9 +262,10 @@ class Session:
             token = _integer(body, "token", len(source.ids))
             text = str(body.get("text"))
             ids = self._encoded(text)
+            at = _integer(body, "from", len(ids), default=len(ids) - 1)
             other = record(self.model, ids, 0, self._done(len(ids)))
-            value = other.passes[-1].streams[layer + 1][0, -1]
-            return patched_in(f"layers.{layer}", token, value, text, ids)
+            head = heads[0] if heads else 0
+            return patched_in(str(body.get("part", "layer")), layer, head, token, other, at, text)
         return switched_off(str(kind), layer, heads or ())
 
     def _forget(self, body: Mapping[str, Any]) -> int:

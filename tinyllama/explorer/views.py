@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyllama.errors import InputError
 from tinyllama.explorer.lines import Call, Trace, function_source
-from tinyllama.explorer.recording import COLUMNS, HeadRows, Pass, Recording
+from tinyllama.explorer.recording import COLUMNS, HeadRows, Pass, Recording, together
 from tinyllama.kernels import kernel_name
 from tinyllama.sampler import Sampler, repetition_penalty, top_k, top_p
 from tinyllama.text.tokenizer import Tokenizer
@@ -487,6 +487,26 @@ def cache_slots(recording: Recording, token: int) -> dict[str, Any]:
         "bytes_read": slot * one.end,
         "bytes_written": slot * len(one.ids),
     }
+
+
+def batch(recording: Recording, tokenizer: Tokenizer, other: list[int]) -> dict[str, Any]:
+    """A text beside another in one batch: the columns' positions, the slots, what the last query reads."""
+    both = together(recording, other)
+    p = both.logits.float().softmax(-1)
+    rows = []
+    for row, ids in enumerate((recording.ids, other)):
+        best = int(p[row].argmax())
+        rows.append(
+            {
+                "tokens": [shown for shown, _joined in characters(ids, tokenizer)],
+                "positions": both.positions[row].tolist(),
+                "visible": both.visible[row].tolist(),
+                "written": both.written[row].tolist(),
+                "next": [best, text(tokenizer, best), p[row, best].item()],
+            }
+        )
+    alone = recording.passes[-1].logits
+    return {"rows": rows, "apart": (both.logits[0] - alone).abs().max().item()}
 
 
 def facts(recording: Recording, name: str) -> dict[str, Any]:

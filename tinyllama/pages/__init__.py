@@ -1,4 +1,4 @@
-"""What the HTML pages share: each is one file without scripts that loads nothing and can be read offline."""
+"""What the HTML pages share: each is one file that loads nothing and can be read offline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Formatted = Callable[[str, Any], str]
 LINES = "\n\t"
 
 
-def render(package: str, figures: Any, formatted: Formatted, **names: Any) -> str:
-    """Render a package's `page.html`, with its `page.css` after the shared style.
+def render(package: str, figures: Any, formatted: Formatted, *, connect: str = "'none'", **names: Any) -> str:
+    """Render a package's `page.html`, with its `page.css` after the shared style and its `page.js`, if any.
 
     The template shows a figure by its key, the path to it (`cases.0.model`). It calls `cell`, `head` or
     `figure` for an element with the figure, its key and its exact value; `prose` for a figure that keeps its
@@ -34,6 +34,7 @@ def render(package: str, figures: Any, formatted: Formatted, **names: Any) -> st
         package: where the two files are.
         figures: what the page is about: dataclasses, mappings and sequences.
         formatted: writes the figure of a key, given its value.
+        connect: whom the script may ask, as Content-Security-Policy has it.
         names: what else the template needs.
     """
 
@@ -42,6 +43,10 @@ def render(package: str, figures: Any, formatted: Formatted, **names: Any) -> st
         return (folder / name).read_text(encoding="utf-8")
 
     style = read("base.css") + read("page.css")
+    script = read("page.js") if (files(package) / "page.js").is_file() else ""
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'sha256-{_sha256(style)}'"
+    if script:
+        policy += f"; script-src 'sha256-{_sha256(script)}'; connect-src {connect}"
     tagged = partial(_tagged, figures, formatted)
     environment = Environment(
         loader=FunctionLoader(read),
@@ -60,7 +65,8 @@ def render(package: str, figures: Any, formatted: Formatted, **names: Any) -> st
         about=partial(_about, figures),
         plain=lambda text: Markup.escape(escape(text, LINES)),
         style=Markup(style),
-        policy=f"default-src 'none'; style-src 'sha256-{_sha256(style)}'",
+        script=Markup(script),
+        policy=policy,
         **names,
     )
 
