@@ -71,7 +71,8 @@ def nothing_but_the_one_style_is_allowed(source: str) -> None:
     (style,) = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     read = Read(source)
-    assert ("content", f"default-src 'none'; style-src 'sha256-{digest}'") in read.attributes
+    nothing_else = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'sha256-{digest}'"
+    assert ("content", nothing_else) in read.attributes
     assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(read.tags)
     assert all(name not in ("style", "src") and not name.startswith("on") for name, _ in read.attributes)
     assert all(value.startswith("#") for name, value in read.attributes if name == "href")
