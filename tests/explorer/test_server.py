@@ -67,7 +67,8 @@ def test_it_answers_whoever_has_the_address(ask):
     assert status == 200
     assert "<title>tinyllama explorer</title>" in page
     assert SECRET not in page
-    assert "default-src 'none'" in headers["content-security-policy"]
+    assert headers["content-security-policy"] == "frame-ancestors 'none'"  # what a page cannot say of itself
+    assert "default-src &#39;none&#39;" in page
     assert headers["referrer-policy"] == "no-referrer"
     assert ask(f"/{SECRET}/view/state")[1]["branches"][0]["name"] == "original"
     status, state, _ = ask(f"/{SECRET}/act/step", {"branch": 0}, Origin=f"http://{ask.host}")
