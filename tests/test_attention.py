@@ -128,5 +128,5 @@ def test_a_hook_on_a_tap_replaces_the_value():
 
 def test_an_unknown_kernel_is_refused_by_name():
     assert set(KERNELS) == {"eager", "sdpa"}
-    with pytest.raises(InputError, match="expected one of eager, sdpa, got 'flash'"):
+    with pytest.raises(InputError, match=r"expected eager, sdpa, .* got 'flash'"):
         kernel("flash")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinyllama import advice
 from tinyllama.cache import KVCache
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
@@ -18,6 +20,8 @@ from tinyllama.speculation import Speculation
 # Tokens of a prompt that go through the model at once: enough to keep the matrix units busy, few enough that
 # the attention scores of a long prompt (T x S for every head) stay small.
 PREFILL_CHUNK = 512
+
+SETTINGS = ("max_new_tokens", "eos_ids", "speculate", *(field.name for field in fields(Sampler)))
 
 
 def generate(
@@ -48,6 +52,8 @@ def generate(
         InputError: a setting or a prompt cannot be used.
         NonFiniteLogitsError: the model gave NaN or infinite logits.
     """
+    advice.check_prompts(prompts)
+    advice.check_settings(sampling, SETTINGS)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
     limits = [_limit(model, prompt, max_new_tokens) for prompt in prompts]
     speculation = _speculation(speculate, prompts, model)
@@ -87,6 +93,8 @@ def stream(
     Raises:
         InputError: a setting, the prompt or the cache cannot be used; at once, not at the first token.
     """
+    advice.check_prompt(ids)
+    advice.check_settings(sampling, SETTINGS)
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
     limit = _limit(model, ids, max_new_tokens)
     speculation = _speculation(speculate, [ids], model)

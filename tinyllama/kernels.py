@@ -15,20 +15,30 @@ from torch import Tensor, nn
 from tinyllama.attention import Attention, AttentionContext, Kernel, check_result, eager, sdpa
 from tinyllama.device import described
 from tinyllama.errors import InputError
+from tinyllama.ranges import numbers
 
 Tapped = Callable[[Tensor], Tensor]
+# Layers or heads: all, one, some, or as on a command line ("0-3,7").
+Places = Iterable[int] | int | str | None
 KERNELS: dict[str, Kernel] = {"eager": eager, "sdpa": sdpa}
 
 
-def kernel(name: str) -> Kernel:
-    """The built-in kernel of that name.
+def kernel(given: Kernel | str) -> Kernel:
+    """The kernel itself, or the one of a name, as `lab.load_kernel` takes it.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none of that name, or what is given cannot be called.
     """
-    if name not in KERNELS:
-        raise InputError(f"attention: expected one of {', '.join(KERNELS)}, got {name!r}")
-    return KERNELS[name]
+    if isinstance(given, str):
+        from tinyllama.lab.kernel_file import load_kernel  # here, because the lab imports this file
+
+        return load_kernel(given)
+    if not callable(given) or isinstance(given, type):
+        got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise InputError(
+            f"attention: expected a function (q, k, v, context) or a kernel's name, as 'window', got {got}"
+        )
+    return given
 
 
 def kernel_name(kernel: Kernel) -> str:
@@ -64,28 +74,31 @@ def wrong_result(z: Any, q: Tensor, kernel: Kernel) -> InputError:
 
 def set_attention(
     attentions: Mapping[int, Attention],
-    kernel: Kernel,
-    layers: Iterable[int] | None,
-    heads: Iterable[int] | None,
+    given: Kernel | str,
+    layers: Places,
+    heads: Places,
     num_heads: int,
 ) -> None:
-    """Let layers and query heads (None: all) attend by `kernel`; arguments are checked before any change.
+    """Let layers and query heads (None: all) attend by a kernel; arguments are checked before any change.
 
     Raises:
-        InputError: there is no such layer or head.
+        InputError: there is no such kernel, layer or head.
     """
+    new = kernel(given)
     chosen = _within(layers, "layers", attentions)
     some = None if heads is None else _within(heads, "heads", range(num_heads))
     if some == []:
         return
     for layer in chosen:
         attention = attentions[layer]
-        attention.kernel = kernel if some is None else ByHead(kernel, some, attention.kernel)
+        attention.kernel = new if some is None else ByHead(new, some, attention.kernel)
 
 
-def _within(numbers: Iterable[int] | None, what: str, known: Collection[int]) -> list[int]:
+def _within(places: Places, what: str, known: Collection[int]) -> list[int]:
     """The numbers, or all that are known."""
-    chosen = list(known if numbers is None else numbers)
+    if isinstance(places, str):
+        places = numbers(places, f"{what}: ")
+    chosen = [places] if isinstance(places, int) else list(known if places is None else places)
     wrong = [number for number in chosen if number not in known]
     if wrong:
         raise InputError(f"{what}: expected 0 to {max(known)}, got {wrong[0]}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllama import kernels
+from tinyllama import advice, kernels
 from tinyllama.attention import Attention, AttentionMask, Kernel, Tap
 from tinyllama.cache import KVCache
 from tinyllama.config import LlamaConfig
+from tinyllama.kernels import Places
 from tinyllama.rope import RotaryEmbedding
 
 Step = TypeVar("Step")
@@ -101,7 +102,7 @@ class Llama(nn.Module):
             (B, T, V) logits.
 
         Raises:
-            InputError: the cache has no room for the tokens.
+            InputError: the ids are no such tensor, or the cache has no room for them.
         """
         return self.lm_head(self.hidden_states(ids, cache, positions))
 
@@ -109,6 +110,8 @@ class Llama(nn.Module):
         self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """The normalised residual stream that `lm_head` reads, (B, T, C); arguments as in `forward`."""
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise advice.not_a_batch(ids)
         T = ids.shape[1]
         causal = positions is None  # every row ends with the new tokens
         if positions is None:
@@ -146,13 +149,16 @@ class Llama(nn.Module):
         """The attention of every layer."""
         return [module for module in self.modules() if isinstance(module, Attention)]
 
-    def set_attention(
-        self, kernel: Kernel, layers: Iterable[int] | None = None, heads: Iterable[int] | None = None
-    ) -> None:
+    def set_attention(self, kernel: Kernel | str, layers: Places = None, heads: Places = None) -> None:
         """Let the given layers and query heads (None: all) attend by `kernel`, the others as before.
 
+        Args:
+            kernel: a function (see attention.py), or the name of one, as `lab.load_kernel` takes it.
+            layers: `range(8, 22)`, one number, or "8-21".
+            heads: likewise.
+
         Raises:
-            InputError: there is no such layer or head.
+            InputError: there is no such kernel, layer or head.
         """
         by_layer = {attention.layer: attention for attention in self.attentions}
         kernels.set_attention(by_layer, kernel, layers, heads, self.config.num_attention_heads)
@@ -161,6 +167,13 @@ class Llama(nn.Module):
         """Where the config says so, let the head be the embedding: one tensor, two names."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def __getattr__(self, name: str) -> Any:
+        """A weight or a part, as in every module; of a name in transformers alone, what it is here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise advice.no_such_name(self, name, advice.OF_A_MODEL) from None
 
     def num_parameters(self) -> int:
         """How many numbers were trained; a tied head counts once."""

@@ -3,7 +3,7 @@
 import pytest
 
 from tinyllama.lab.perplexity import Perplexity
-from tinyllama.lab.tables import change, grouped, percent, ranges, shades, shortened, times
+from tinyllama.lab.tables import change, grouped, percent, shades, shortened, times
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,6 @@ def test_a_change_has_its_interval_if_there_is_one():
 
 def test_a_head_is_one_character_and_only_zero_is_a_blank():
     assert shades([0.0, 1e-9, 0.19, 0.21, 0.5, 0.79, 1.0, 7.0]) == " ··░▒▓██"
-
-
-@pytest.mark.parametrize(
-    ("numbers", "expected"), [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([0, 1, 3, 5, 6], "0-1,3,5-6")]
-)
-def test_layers_are_written_as_they_are_given(numbers, expected):
-    assert ranges(numbers) == expected
 
 
 def test_a_text_is_one_line_without_control_characters():

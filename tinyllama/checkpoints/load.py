@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tinyllama.attention import Kernel
 from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.files import AGAIN, one_line
 from tinyllama.checkpoints.headers import StoredTensor, find_tensors
@@ -37,7 +38,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
-    attention: str = "sdpa",
+    attention: Kernel | str = "sdpa",
     weights: str = "exact",
     threads: int | None = None,
     graph: bool = False,
@@ -80,7 +81,7 @@ def load_model(
     *,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    attention: str = "sdpa",
+    attention: Kernel | str = "sdpa",
     weights: str = "exact",
 ) -> Llama:
     """Load a checkpoint folder.
@@ -93,7 +94,7 @@ def load_model(
         folder: holds config.json and model.safetensors, or an index and its shards.
         device: "cpu", "cuda", "cuda:1", "mps"...
         dtype: of the activations, and of "exact" weights: float32, bfloat16, float16 or float64.
-        attention: "eager" or "sdpa".
+        attention: "eager", "sdpa", another name that `lab.load_kernel` takes, or a function.
         weights: how matrices are kept. "exact": in `dtype`, and every bit is that of transformers. For speed,
             without gradients, equal but for rounding: "stored", as in the file where that is narrower than
             `dtype`; "float32", "bfloat16" or "float16"; "int8", with a scale for every 64. See `storage`.

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
 from tinyllama.cli.terminal import piped, read_text
+from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
+from tinyllama.ranges import numbers
 
 if TYPE_CHECKING:
     from tinyllama import Llama, Tokenizer
@@ -130,8 +132,8 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:
     """Which layers and heads get another attention."""
-    parser.add_argument("--layers", type=numbers, metavar="N-M,...", help="which ones (default: all)")
-    parser.add_argument("--heads", type=numbers, metavar="N-M,...", help="query heads (default: all)")
+    parser.add_argument("--layers", type=places, metavar="N-M,...", help="which ones (default: all)")
+    parser.add_argument("--heads", type=places, metavar="N-M,...", help="query heads (default: all)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -174,16 +176,12 @@ def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None
         parser.error(f"{option} {path}: nothing can be written in {folder}; give another place")
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """`0-3,7` as (0, 1, 2, 3, 7)."""
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
-        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not span:
-            raise argparse.ArgumentTypeError(f"expected numbers such as 0-3,7, got {text!r}")
-        found.update(span)
-    return tuple(sorted(found))
+def places(text: str) -> tuple[int, ...]:
+    """Numbers of layers or heads, for `type=`; see `numbers`."""
+    try:
+        return numbers(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def integers(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -224,29 +222,22 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         InputError: see `tinyllama.load`.
     """
     from tinyllama.device import usable_device
-    from tinyllama.kernels import KERNELS
     from tinyllama.lab.kernel_file import load_kernel
 
     device = usable_device(args.device)  # before a download of gigabytes
     if graph and device.type != "cuda":
-        raise tinyllama.InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
+        raise InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
     if graph and args.speculate:
-        raise tinyllama.InputError(
-            "--graph and --speculate do not go together: a recorded step has one token"
-        )
-    kernel = None if args.attention in KERNELS else load_kernel(args.attention)
-    model, tokenizer = tinyllama.load(
+        raise InputError("--graph and --speculate do not go together: a recorded step has one token")
+    return tinyllama.load(
         args.model,
         device=device,
         dtype=args.dtype,
-        attention="sdpa" if kernel else args.attention,
+        attention=load_kernel(args.attention),  # refused before a model is looked for
         weights=weights,
         threads=args.threads,
         graph=graph,
     )
-    if kernel:
-        model.set_attention(kernel)
-    return model, tokenizer
 
 
 def note_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:

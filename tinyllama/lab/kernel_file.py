@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tinyllama.advice import did_you_mean
 from tinyllama.attention import Kernel
 from tinyllama.checkpoints.files import one_line
 from tinyllama.errors import InputError
@@ -89,7 +90,10 @@ def _parts(spec: str) -> tuple[str | None, str, str]:
 
 def _built_in(name: str) -> Kernel:
     if name not in BUILT_IN:
-        raise InputError(f"attention: expected {', '.join(BUILT_IN)} or file.py:function, got {name!r:.80}")
+        raise InputError(
+            f"attention: expected {', '.join(BUILT_IN)} or file.py:function, got {name!r:.80}"
+            f"{did_you_mean(name, BUILT_IN)}"
+        )
     return BUILT_IN[name]
 
 

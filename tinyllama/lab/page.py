@@ -11,8 +11,9 @@ from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import Continuation
 from tinyllama.lab.figures import Scorecard
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS
-from tinyllama.lab.tables import grouped, percent, ranges, shortened, times
+from tinyllama.lab.tables import grouped, percent, shortened, times
 from tinyllama.pages import render
+from tinyllama.ranges import ranges
 
 # Colours from a change of 0, which has its own, to 100% and more.
 STEPS = 10

@@ -14,6 +14,7 @@ from tinyllama.lab.figures import Card, Prediction, Results, Scorecard
 from tinyllama.lab.perplexity import Perplexity
 from tinyllama.model import Llama
 from tinyllama.progress import escape
+from tinyllama.ranges import ranges
 
 # Of a change from 0 to 100%, for maps of one character a head.
 SHADES = " ·░▒▓█"
@@ -163,17 +164,6 @@ def shades(values: Sequence[float]) -> str:
     """One character for each value, from 0 to 100% and more; only 0 is a blank."""
     top = len(SHADES) - 1
     return "".join(SHADES[min(top, int(value * top + (value > 0)))] for value in values)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """0-3,7 for 0, 1, 2, 3, 7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -22,8 +22,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+from tinyllama.advice import OF_A_TOKENIZER, no_such_name
 from tinyllama.errors import InputError
 from tinyllama.text.chat import render_chat
 from tinyllama.text.json_vocabulary import json_vocabulary
@@ -104,6 +105,16 @@ class Tokenizer:
             f"Tokenizer({self._folder.name}, vocab_size={self.vocab_size}, special={special}, "
             f"adds_bos={self._adds_bos}, chat_template={'yes' if self.chat_template else 'no'})"
         )
+
+    def __call__(self, *_texts: object, **_settings: object) -> NoReturn:
+        """Refused with the call that gives ids here: transformers' tokenizers are called."""
+        raise InputError(
+            "tokenizer: is not called, expected ids = tokenizer.encode(text), and model(torch.tensor([ids]))"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """A name that only transformers' tokenizers have is told what it is here."""
+        raise no_such_name(self, name, OF_A_TOKENIZER)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, after BOS if the model expects one; special tokens in the text are recognised.
@@ -214,7 +225,12 @@ class TextStream:
 
     def feed(self, id: int) -> str:
         """The text that this id completes, possibly none; raises InputError for an unknown id."""
-        id = operator.index(id)
+        try:
+            id = operator.index(id)
+        except TypeError as error:
+            raise InputError(
+                f"decode: expected ids, got {type(id).__name__}; of several rows decode one: decode(rows[0])"
+            ) from error
         data = self._tokenizer.token_bytes(id)
         if id in self._skipped:
             return ""
