@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,23 @@ def test_a_remark_is_not_printed_to_stdout_where_stderr_is_closed(monkeypatch, c
     monkeypatch.setattr(sys, "stderr", None)
     progress.note("a remark")
     assert capsys.readouterr().out == ""
+
+
+def test_a_script_runs_in_a_notebook_and_leaves_it_as_it_was(tiny: Path, monkeypatch):
+    class OutStream(io.TextIOBase):  # as in Jupyter: neither a file nor one that can be reconfigured
+        text = ""
+
+        def write(self, text: str) -> int:
+            self.text += text
+            return len(text)
+
+    cell, shown = OutStream(), warnings.showwarning
+    monkeypatch.setattr(sys, "stdout", cell)
+    monkeypatch.setattr(sys, "argv", ["tokens.py", "--model", str(tiny), "the cat"])
+    with pytest.raises(SystemExit, match="^0$"):
+        terminal.run(load_script("tokens").main)
+    assert "cat" in cell.text
+    assert warnings.showwarning is shown
 
 
 @pytest.mark.parametrize("name", ["tokens", "generate"])

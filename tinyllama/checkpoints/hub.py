@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+with warnings.catch_warnings():
+    # In a notebook tqdm, which comes with it, asks for widgets; nothing here draws with them.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
 from tinyllama.checkpoints.download import SHARD, RefusedError, UnreachableError, download, origin
 from tinyllama.checkpoints.embedded import make_embedded

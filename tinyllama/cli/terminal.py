@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +30,12 @@ def run(main: Callable[[], int | None]) -> None:
     if sys.stdout is None:
         refuse("stdout is closed; send it to a file or to /dev/null")
         sys.exit(2)
-    # A terminal that cannot show a character gets its escape, not a traceback.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
+        # A terminal that cannot show a character gets its escape, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = main() or 0
+        with warnings.catch_warnings():  # after %run a notebook's warnings are its own again
+            status = main() or 0
         sys.stdout.flush()
     except InputError as error:
         refuse(str(error))
