@@ -251,6 +251,32 @@ def test_a_reader_may_give_only_some_values():
     assert found.suspect == interleaved.suspect
 
 
+def test_wrong_values_in_a_layer_whose_output_is_not_given_are_found():
+    right, wrong = tiny_model(), tiny_model()
+    by_output(UP, lambda _, x, out: out * 2)(wrong)
+    found = search(lambda ids, at: our_trace(wrong, ids, [address for address in at if address == UP]), right)
+    assert (found.address, found.path[-1].address) == (UP, UP)
+
+
+def test_what_cannot_be_compared_is_refused():
+    right = tiny_model()
+    for given, says in (({}, "nothing could be compared"), ({"layer.3": None}, "did you mean layers.3?")):
+        with pytest.raises(tinyllama.InputError, match=says) as refused:
+            search(lambda ids, at, given=given: given, right)
+        assert "layers.0 to layers.3, norm, lm_head" in str(refused.value)
+
+
+def test_a_batch_axis_is_named_with_both_shapes():
+    right = tiny_model()
+
+    def batched(ids, at):
+        return {address: value[None] for address, value in our_trace(right, ids, at).items()}
+
+    found = search(batched, right)
+    assert found.suspect == "a batch axis: give value[0]"
+    assert f"shape (1, {T}, 64), expected ({T}, 64)" in str(found)
+
+
 # --- every suspect ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from tinyllama.errors import InputError
 from tinyllama.parity.measure import CEILING
 from tinyllama.parity.oracle import oracle_logits
 from tinyllama.parity.reference import Right, config_fields
@@ -49,6 +51,7 @@ class Divergence(Step):
 
     Attributes:
         shape: of the value; () where it was never computed.
+        expected_shape: the oracle's.
         place: index of the largest error; () where there is no value of the right shape.
         got: the value there.
         expected: the oracle's.
@@ -58,6 +61,7 @@ class Divergence(Step):
     """
 
     shape: tuple[int, ...]
+    expected_shape: tuple[int, ...]
     place: tuple[int, ...]
     got: float
     expected: float
@@ -68,6 +72,8 @@ class Divergence(Step):
     def __str__(self) -> str:
         """In a few lines."""
         lines = [f"first divergence at {self.address}, shape {self.shape}"]
+        if self.shape != self.expected_shape:
+            lines[0] += f", expected {self.expected_shape}"
         if self.place:
             lines.append(
                 f"relRMS {self.relative:.2e}, over {self.limit:.2e} (the reference: {self.reference:.2e}); "
@@ -96,7 +102,11 @@ def bisect(
         truth: the computation in float64; None is the oracle.
 
     Returns:
-        None where every block's output is within twice the reference's error.
+        None where everything that was given, block by block, is within twice the reference's error. Of a
+        layer whose output is not given, what is given of its operations is compared.
+
+    Raises:
+        InputError: an address is not one of ours, or nothing was given, so nothing could be compared.
     """
     config, weights = config_fields(right.config), right.state_dict()
 
@@ -113,15 +123,17 @@ def bisect(
         return _Values(true, ours, theirs, right.dtype)
 
     blocks = stages(right.config.num_hidden_layers)
-    outer = values(blocks)
-    path = outer.path(blocks)
-    if not path or path[-1].relative <= path[-1].limit:
+    compared = _given(run, ids, blocks)
+    outer = values(compared)
+    path = outer.path(compared)
+    if path[-1].relative <= path[-1].limit:
         return None
     stage = path[-1].address
-    before = blocks[: blocks.index(stage)][-1:]
+    block = ".".join(stage.split(".")[:2])  # the layer, or the stage itself
+    before = blocks[: blocks.index(block)][-1:]
     inside = [stage]
-    if stage.startswith("layers.") and outer.ours[stage] is not None:
-        inside = [*operations(int(stage.removeprefix("layers."))), stage]
+    if block.startswith("layers.") and outer.ours[stage] is not None:
+        inside = [*operations(int(block.removeprefix("layers."))), block]
     inner = values([*before, *inside])
     path += inner.path(inside)
     address = path[-1].address
@@ -132,6 +144,30 @@ def bisect(
         if value is not None
     }
     return inner.divergence(path, Scene(address, seen, config, weights, ids))
+
+
+def _given(run: Run, ids: Sequence[int], blocks: list[str]) -> list[str]:
+    """The addresses to begin with, in order: the blocks, and the operations of those that are not given."""
+    first = run(ids, blocks)
+    hidden = {at for at in blocks if at.startswith("layers.") and at not in first}
+    inside = {at: operations(int(at.removeprefix("layers."))) for at in blocks if at.startswith("layers.")}
+    second = run(ids, [name for at in blocks if at in hidden for name in inside[at]]) if hidden else {}
+    known = {*blocks, *(name for names in inside.values() for name in names)}
+    for address in (*first, *second):
+        if address not in known:
+            near = difflib.get_close_matches(address, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{address!r:.80} is no address that is compared{meant} {_understood(blocks)}")
+    wanted = [name for at in blocks for name in ((*inside[at], at) if at in hidden else (at,))]
+    given = [address for address in wanted if address in first or address in second]
+    if not given:
+        raise InputError(f"nothing could be compared: no value was given. {_understood(blocks)}")
+    return given
+
+
+def _understood(blocks: list[str]) -> str:
+    names = ", ".join(name.removeprefix("layers.0.") for name in operations(0))
+    return f"Expected {blocks[0]}, {blocks[1]} to {blocks[-3]}, norm, lm_head; in a layer, as layers.0.*: {names}"
 
 
 @dataclass(frozen=True)
@@ -184,14 +220,21 @@ class _Values:
             place = _largest_error(got.to(torch.float64), expected)
             theirs = [value[place].item() for value in self.references(step.address)]
             numbers = [got[place].item(), expected[place].item(), theirs[0] if theirs else math.nan]
+        if got is None:
+            why: str | None = f"{step.address} is skipped"
+        elif got.shape == (1, *expected.shape):
+            why = "a batch axis: give value[0]"
+        else:
+            why = suspect(scene)
         return Divergence(
             **asdict(step),
             shape=() if got is None else tuple(got.shape),
+            expected_shape=tuple(expected.shape),
             place=place,
             got=numbers[0],
             expected=numbers[1],
             theirs=numbers[2],
-            suspect=f"{step.address} is skipped" if got is None else suspect(scene),
+            suspect=why,
             path=tuple(path),
         )
 
