@@ -1,5 +1,6 @@
 from . import explorer as explorer
 from . import lab as lab
+from . import learn as learn
 from . import parity as parity
 from .attention import AttentionContext as AttentionContext
 from .attention import eager as eager

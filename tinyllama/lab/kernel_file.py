@@ -98,8 +98,26 @@ def _built_in(name: str) -> Kernel:
 
 
 def _from_file(path: Path, name: str) -> Kernel:
+    module = python_file(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(
+            f"{path}: expected a function {name!r:.80}, found {', '.join(_named(module)) or 'none'}"
+        )
+    _check_arguments(path, name, function)
+    return function
+
+
+def python_file(path: Path) -> ModuleType:
+    """Run a user's file, and return the module that it becomes.
+
+    Raises:
+        InputError: there is no such file, or it fails.
+    """
     if not os.path.isfile(path):  # which is False for a name that is too long, too
-        raise InputError(f"{path!s:.200}: no such file; expected a kernel as file.py:function")
+        raise InputError(
+            f"{path!s:.200}: no such file; expected a Python file, of a kernel as file.py:function"
+        )
     # A name of its own: a file called random.py must not replace that module.
     source = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
     if source is None or source.loader is None:
@@ -114,13 +132,7 @@ def _from_file(path: Path, name: str) -> Kernel:
     except BaseException as error:  # SystemExit would end the script as if all had gone well
         failure = failure_in_a_kernel_file(error) or f"{path}: {type(error).__name__}: {one_line(error)}"
         raise InputError(f"{failure}; correct the file") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(
-            f"{path}: expected a function {name!r:.80}, found {', '.join(_named(module)) or 'none'}"
-        )
-    _check_arguments(path, name, function)
-    return function
+    return module
 
 
 def _check_arguments(path: Path, name: str, function: Kernel) -> None:

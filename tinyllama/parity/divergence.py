@@ -167,7 +167,8 @@ def _given(run: Run, ids: Sequence[int], blocks: list[str]) -> list[str]:
 
 def _understood(blocks: list[str]) -> str:
     names = ", ".join(name.removeprefix("layers.0.") for name in operations(0))
-    return f"Expected {blocks[0]}, {blocks[1]} to {blocks[-3]}, norm, lm_head; in a layer, as layers.0.*: {names}"
+    stages = f"{blocks[0]}, {blocks[1]} to {blocks[-3]}, norm, lm_head"
+    return f"Expected {stages}; in a layer, as layers.0.*: {names}"
 
 
 @dataclass(frozen=True)

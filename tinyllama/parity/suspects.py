@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from torch import Tensor
+
 from tinyllama.parity import attention_mistakes, mistakes
 from tinyllama.parity.scene import Scene, Suspects, relative_error
 
@@ -42,13 +44,18 @@ def formulas(scene: Scene) -> Suspects:
 
 def suspect(scene: Scene) -> str | None:
     """Name the mistake that explains the value; None where no known one does or its inputs are not known."""
+    return explained(formulas(scene), scene.observed)
+
+
+def explained(suspects: Suspects, observed: Tensor) -> str | None:
+    """Name the mistake whose formula gives this value, if one does; the right formula comes first."""
     found, least = None, math.inf
     try:
-        for name, value in formulas(scene):
-            error = relative_error(scene.observed, value)
+        for name, value in suspects:
+            error = relative_error(observed, value)
             if name == "":
                 least = EXPLAINED * error
-                if value.shape != scene.observed.shape:
+                if value.shape != observed.shape:
                     break
             elif error < least:
                 found, least = name, BETTER * error
