@@ -100,6 +100,7 @@ def layer(
     turned: str = "qk",
     projected: bool = True,
     parallel: bool = False,
+    carried: bool = True,
     kept_before: bool = False,
 ) -> Tensor:
     """A layer with the mistakes that are asked for, (T, C).
@@ -114,6 +115,7 @@ def layer(
         turned: which of q, k and v RoPE turns.
         projected: whether there is o_proj.
         parallel: whether the MLP reads the layer's input.
+        carried: whether attention is added to the stream.
         kept_before: whether keys are remembered before RoPE.
     """
 
@@ -135,7 +137,9 @@ def layer(
         turns |= {name: ours.rope(turns[name], positions, speeds) for name in turned}
         q, (k, v) = turns["q"], remember(turns["k"], turns["v"])
     z = ours.attention(q, k, v).transpose(0, 1).flatten(1)
-    attended = x + (z @ w["self_attn.o_proj.weight"].T if projected else z)
+    attended = z @ w["self_attn.o_proj.weight"].T if projected else z
+    if carried:
+        attended = x + attended
     h = norm(norms[1], x if parallel else attended)
     return attended + ours.swiglu(h, *(w[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
 
@@ -157,6 +161,7 @@ def block(
     yield "the norm before the MLP is left out", run(norms=(first, ""))
     yield "the two norms are swapped", run(norms=(second, first))
     yield "the MLP reads the layer's input, not the stream after attention", run(parallel=True)
+    yield "attention's output replaces the stream: it is not added", run(carried=False)
     yield "RoPE is not applied", run(turned="")
     yield "RoPE turns the queries alone", run(turned="q")
     yield "RoPE turns the values, too", run(turned="qkv")

@@ -89,18 +89,15 @@ class Report:
 
     def _repr_html_(self) -> str:
         """For a notebook."""
-        rows = [
-            Markup(
-                "<tr><th>{}</th><td>{}</td><td style='text-align: left; white-space: pre-wrap'>{}</td></tr>"
-            ).format(
-                one.step,
-                one.sign,
-                "\n".join(filter(None, (one.says, one.suspect and f"suspect: {one.suspect}"))),
-            )
-            for one in self.verdicts
-        ]
+        row = Markup(
+            "<tr><th>{}</th><td>{}</td><td style='text-align: left; white-space: pre-wrap'>{}</td></tr>"
+        )
+        rows = []
+        for one in self.verdicts:
+            said = [one.says, f"suspect: {one.suspect}" if one.suspect else ""]
+            rows.append(row.format(one.step, one.sign, "\n".join(filter(None, said))))
         rest = str(self).partition("\n\n")[2]
-        return f"<table>{''.join(rows)}</table>" + Markup("<pre>{}</pre>").format(rest)
+        return Markup("<table>{}</table><pre>{}</pre>").format(Markup("").join(rows), rest)
 
 
 def check(
