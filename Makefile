@@ -17,7 +17,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick lab explore fuzz bench bench-peers lint format clean
+.PHONY: help setup generate chat test parity parity-quick lab explore learn fuzz bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,10 @@ lab: $(RUN) ## measure another attention: make lab KERNEL=window MODEL=smollm2
 
 explore: $(RUN) ## watch the model compute, in the browser: make explore PROMPT="..." MODEL=smollm2
 	@$(BIN)/python scripts/explore.py $(MODEL_OPTION) -- "$$PROMPT_TEXT"
+
+learn: $(RUN) ## build your own Llama: begins my_llama.py, then says what is right in it
+	@test -e my_llama.py || $(BIN)/python scripts/learn.py start my_llama.py
+	@$(BIN)/python scripts/learn.py check my_llama.py
 
 fuzz: $(DEV) ## try what nobody would write for ten minutes, or make fuzz FUZZ_SECONDS=3600; faults become tests
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -13,9 +13,10 @@ import pytest
 import tinyllama
 import tinyllama.explorer
 import tinyllama.lab
+import tinyllama.learn
 import tinyllama.parity
 
-PACKAGES = [tinyllama, tinyllama.explorer, tinyllama.lab, tinyllama.parity]
+PACKAGES = [tinyllama, tinyllama.explorer, tinyllama.lab, tinyllama.learn, tinyllama.parity]
 
 
 def modules():
@@ -31,7 +32,7 @@ def test_every_public_name_can_be_had_and_completed(package):
     for name in package.__all__:
         thing = getattr(package, name)
         # A module of a function's name would take its place as soon as it is imported.
-        assert inspect.ismodule(thing) == (name in ("explorer", "lab", "parity"))
+        assert inspect.ismodule(thing) == (name in ("explorer", "lab", "learn", "parity"))
     with pytest.raises(AttributeError, match="nothing"):
         _ = package.nothing
 
