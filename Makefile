@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a virtual environment with pinned versions, and a model on first use.
 PYTHON ?= python3
-PROMPT ?= The three most important ideas in physics are
+PROMPT ?= Once upon a time, in a small village by the sea, there lived
 MODEL ?=
 KERNEL ?= window
 FUZZ_SECONDS ?= 600

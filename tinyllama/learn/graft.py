@@ -20,7 +20,7 @@ from tinyllama.learn.judge import Function, TimeIsUp, as_tensor, time_limit, usi
 from tinyllama.learn.mistakes import sub
 from tinyllama.model import MLP, Llama, RMSNorm
 
-PROMPT = "The capital of France is"
+PROMPT = "Once upon a time, in a small village by the sea, there lived"
 TOKENS = 24
 SECONDS = 20.0  # of writing; loops over single numbers write a few tokens in that time
 

@@ -171,7 +171,7 @@ def _whole(
 ) -> Whole:
     """Judge the ten functions as one Llama, and time it beside ours."""
     done("comparing the whole")
-    ids = tokenizer.encode(PROMPT + " a city on a river. The river is called")
+    ids = tokenizer.encode(f"{PROMPT} a wise and kind woman.")
     weights, config = dict(model.state_dict()), model.config
 
     def mine(ids: Tensor) -> Tensor:
