@@ -1,11 +1,13 @@
 """`python -m tests.walkthrough.build`: make the walkthrough's notebooks anew, with their outputs.
 
 A source in docs/walkthrough has cells `%%% text` (English), `%%% 中文` (the same in Chinese) and `%%% code`.
-Each language gets a notebook; the code is the same, runs once, and its outputs go into both.
+Each language gets a notebook; the code is the same, runs once, and its outputs go into both. The pictures are
+kept as files, too, for those who read without running.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,14 @@ def main() -> None:
             made = notebook(source, language)
             made.cells = [outputs.get(cell.id, cell) for cell in made.cells]
             nbformat.write(made, source.with_suffix(ending))
+        pictures = [
+            output.data["image/png"]
+            for cell in outputs.values()
+            for output in cell.outputs
+            if "image/png" in output.get("data", {})
+        ]
+        for number, picture in enumerate(pictures, 1):
+            (FOLDER / f"{source.stem}-{number}.png").write_bytes(base64.b64decode(picture))
 
 
 if __name__ == "__main__":

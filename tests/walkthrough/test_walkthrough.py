@@ -9,8 +9,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.walkthrough.build import FOLDER, LANGUAGES, SOURCES, cells, notebook, run, stored
+from tinyllama.config import LlamaConfig
+from tinyllama.hooks import addresses
+from tinyllama.model import Llama
 
 BY_SOURCE = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -77,3 +81,26 @@ def test_the_tables_of_tinyllama_are_transformers_own():
         assert golden["chat"]["rendered"].strip().replace("\n", '\\n",\n    "') in text
         assert golden["greedy"][1]["text"] in text
         assert f"{golden['num_parameters']:,}" in text
+
+
+@pytest.mark.parametrize("name", ["reading-the-model.md", "reading-the-model.zh-TW.md"])
+def test_the_reading_guide_names_every_address_and_the_notebook_s_numbers(name):
+    text = (FOLDER.parent / name).read_text("utf-8")
+    config = LlamaConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        known = addresses(Llama(config))
+    named = set(re.findall(r"[.`](\w+)`", text))
+    assert {address.rpartition(".")[2] for address in known} - {"0"} <= named
+    printed = "".join(texts(stored(FOLDER / "open-the-box.txt", "text")))
+    for number in ("0.083", "0.098", "0.274", "0.726", "0.573"):
+        assert number in text
+        assert number in printed
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (FOLDER.parent / link).exists(), link
+
+
+def test_links_of_the_readmes_and_notebooks_lead_somewhere():
+    pages = [FOLDER.parents[1] / "README.md", FOLDER.parents[1] / "README.zh-TW.md", *FOLDER.glob("*.ipynb")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
