@@ -1,28 +1,31 @@
 """Talk with a model. The KV cache stays from turn to turn, so only new tokens are computed.
 
-Ctrl-C stops a reply and keeps what was said so far; at the prompt, twice, it leaves.
+A pasted text of several lines is one message; Alt-Enter begins a new line. Ctrl-C stops a reply and keeps
+what was said so far; at the prompt, twice, it leaves.
 If stdin is a pipe, every line is a message or a command, and stdout gets only the replies.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tinyllama
+from tinyllama.advice import did_you_mean
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
 from tinyllama.progress import note
 
 if TYPE_CHECKING:
     from tinyllama.text.conversation import Conversation
+
+LENGTHS = ("max_new_tokens", "speculate")  # of the settings, those that do not choose
 
 EXAMPLES = """\
   python scripts/chat.py
@@ -32,15 +35,16 @@ EXAMPLES = """\
 
 COMMANDS = """\
 /help         this list
+/retry        another reply to your last message; the same one, if it is greedy or has a seed
+/undo         forget your last message and its reply
+/set          how tokens are chosen; /set temperature 0.7 changes it, and so on for the others
 /reset        start over; the system message stays
 /system TEXT  set the system message, or remove it if there is no TEXT; it holds for the whole conversation
 /save FILE    write the messages as JSON; /save! FILE overwrites a file
 /load FILE    continue with messages that were saved
 /stats        what the latest reply took
 /exit         leave, like Ctrl-D
-A message that begins with / needs a space before it."""
-
-HISTORY_LINES = 1000
+A message that begins with / needs a space before it. Alt-Enter begins a new line."""
 
 
 def main() -> int:
@@ -61,8 +65,9 @@ def main() -> int:
         raise InputError("stdin is closed; chat needs a terminal, or lines piped in")
     piped = terminal.piped()
     if not piped:
-        note(f"a context of {conversation.context} tokens; /help lists the commands, Ctrl-D leaves")
-        keep_history()
+        name = args.model or "TinyLlama"
+        note(f"{Path(name).name}, weights {args.weights}, a context of {conversation.context} tokens")
+        note(f"{in_words(settings)}; /help lists the commands, Ctrl-D leaves")
     for line in piped_lines() if piped else typed_lines():
         try:
             if not respond(conversation, line, settings):
@@ -90,28 +95,10 @@ def parse() -> argparse.Namespace:
 
 
 def typed_lines() -> Iterator[str]:
-    """The lines typed at a terminal; a second Ctrl-C in a row raises KeyboardInterrupt."""
-    warned = False
-    while True:
-        try:
-            # If stdout is a file, input() would write its prompt there.
-            if not sys.stdout.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> " if sys.stdout.isatty() else "")
-        except EOFError:
-            note("")
-            return
-        except KeyboardInterrupt:
-            note("")
-            if warned:
-                raise
-            note("Ctrl-C once more leaves")
-            warned = True
-        except UnicodeDecodeError:
-            note("error: that line is not UTF-8; set the terminal to UTF-8")
-        else:
-            warned = False
-            yield line
+    """What is typed at a terminal."""
+    from tinyllama.cli.chat_terminal import typed_messages
+
+    return typed_messages([line.split()[0] for line in COMMANDS.splitlines() if line.startswith("/")])
 
 
 def piped_lines() -> Iterator[str]:
@@ -129,20 +116,41 @@ def piped_lines() -> Iterator[str]:
 def respond(conversation: Conversation, line: str, settings: dict[str, Any]) -> bool:
     """Answer a message or obey a command; False means to leave."""
     if line.startswith("/"):
-        return obey(conversation, line)
-    if not line.strip():
-        return True
-    try:
-        conversation.ask(line, terminal.write, **settings)
-    finally:
-        terminal.write("\n")
-    turn = conversation.last
-    if turn and turn.prompt + turn.new == conversation.context:
-        note(f"the context of {conversation.context} tokens is full; /reset starts over")
+        return obey(conversation, line, settings)
+    if line.strip():
+        answer(conversation, line, settings)
     return True
 
 
-def obey(conversation: Conversation, line: str) -> bool:
+def answer(conversation: Conversation, text: str, settings: dict[str, Any]) -> None:
+    """Send a message and write the reply: wrapped and set off at a terminal, as it is elsewhere."""
+    from tinyllama.cli.chat_terminal import Wrapped
+
+    at_terminal = sys.stdout.isatty()
+    show = Wrapped(terminal.write, shutil.get_terminal_size().columns)
+    if at_terminal:
+        terminal.write("\n")
+    try:
+        conversation.ask(text, show if at_terminal else terminal.write, **settings)
+    finally:
+        show.flush()
+        terminal.write("\n\n" if at_terminal else "\n")
+    turn = conversation.last
+    if turn and turn.prompt + turn.new == conversation.context:
+        note(f"the context of {conversation.context} tokens is full; /reset starts over")
+
+
+def retry(conversation: Conversation, settings: dict[str, Any]) -> None:
+    """Answer the last message once more; if nothing comes of it, the old reply stays."""
+    before = conversation.messages
+    try:
+        answer(conversation, conversation.undo(), settings)
+    finally:
+        if len(conversation.messages) < len(before):
+            conversation.messages = before
+
+
+def obey(conversation: Conversation, line: str, settings: dict[str, Any]) -> bool:
     """Carry out a command; False means to leave."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
@@ -154,6 +162,14 @@ def obey(conversation: Conversation, line: str) -> bool:
     if command == "/help":
         for row in COMMANDS.splitlines():
             note(row)
+    elif command == "/retry":
+        retry(conversation, settings)
+    elif command == "/undo":
+        conversation.undo()
+        note("forgotten")
+    elif command == "/set":
+        change(settings, *argument.split(maxsplit=1))
+        note(in_words(settings))
     elif command == "/reset":
         conversation.messages = [m for m in conversation.messages if m["role"] == "system"]
     elif command == "/system":
@@ -174,6 +190,33 @@ def obey(conversation: Conversation, line: str) -> bool:
     return True
 
 
+def change(settings: dict[str, Any], name: str = "", value: str = "") -> None:
+    """Change one setting, if one is named; nothing changes unless the value can be used."""
+    if not name:
+        return
+    name = name.replace("-", "_")
+    if name not in settings:
+        meant = did_you_mean(name, settings)
+        raise InputError(f"/set: expected {', '.join(settings)}, got {name!r:.40}{meant}")
+    kind = float if name in ("temperature", "top_p", "repetition_penalty") else int
+    try:
+        new = None if (name, value) == ("seed", "none") else kind(value)
+    except ValueError as error:
+        wanted = "a number" if kind is float else "a whole number"
+        raise InputError(f"/set {name}: expected {wanted}, got {value!r:.40}") from error
+    if kind is int and new is not None and not 0 <= new < 2**64:
+        raise InputError(f"/set {name}: expected 0 to 2^64 - 1, got {value}")
+    sampler = {key: one for key, one in (settings | {name: new}).items() if key not in LENGTHS}
+    tinyllama.Sampler(**sampler)  # refuses what no distribution belongs to
+    settings[name] = new
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """The settings in one line, those that do nothing left out."""
+    plain = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": None, "speculate": 0}
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if plain.get(name, ...) != value)
+
+
 def show_stats(conversation: Conversation) -> None:
     """Print to stderr what the latest reply took."""
     turn = conversation.last
@@ -188,25 +231,6 @@ def show_stats(conversation: Conversation) -> None:
         note(f"guesses  {turn.speculation}")
     note(f"ended by {turn.reason or 'Ctrl-C'}")
     note(f"context  {turn.prompt + turn.new} of {conversation.context} tokens")
-
-
-def keep_history() -> None:
-    """Edit lines with readline, and keep them for the next chat if the state folder can be used."""
-    try:
-        import readline  # lets input() edit lines
-    except ImportError:  # on Windows the console does
-        return
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    file = Path(state) / "tinyllama" / "chat_history"
-    with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        readline.read_history_file(file)
-
-    @atexit.register
-    def write() -> None:
-        readline.set_history_length(HISTORY_LINES)
-        with suppress(OSError):
-            readline.write_history_file(file)
 
 
 if __name__ == "__main__":

@@ -318,6 +318,19 @@ def test_a_piped_chat_prints_the_replies_alone_and_can_be_saved_and_loaded(chat,
     assert sorted(tmp_path.iterdir()) == [file, other]
 
 
+def test_the_last_message_can_be_asked_again_or_taken_back(chat, loaded, tmp_path):
+    file = tmp_path / "chat.json"
+    lines = f"the cat\nsat\n/undo\n/set max-new-tokens 3\n/retry\n/save {file}\n/set\n"
+    status, _, err = chat(stdin=lines.encode())
+    messages = json.loads(file.read_text("utf-8"))
+    assert status == 0
+    assert [one["content"] for one in messages] == [
+        "the cat",
+        continuation(loaded, loaded[1].chat(messages[:1]), 3),
+    ]
+    assert err.endswith("temperature 0.0, max_new_tokens 3\n")
+
+
 def test_the_system_message_can_be_changed_and_survives_a_reset(chat, tmp_path):
     file = tmp_path / "chat.json"
     lines = f"/system Be kind.\n/save {file}\n/reset\n/save! {file}\n/system\n/save! {file}.2\n".encode()
@@ -330,6 +343,12 @@ def test_the_system_message_can_be_changed_and_survives_a_reset(chat, tmp_path):
     ("line", "expected"),
     [
         (b"/nonsense", "/nonsense: no such command"),
+        (b"/undo", "nothing to undo"),
+        (b"/retry", "nothing to undo"),
+        (b"/set temprature 1", "got 'temprature'; did you mean 'temperature'?"),
+        (b"/set temperature hot", "/set temperature: expected a number, got 'hot'"),
+        (b"/set temperature -1", "expected 0 (greedy) or a finite number above"),
+        (b"/set top-k -1", "/set top_k: expected 0 to 2^64 - 1, got -1"),
         (b"/save", "expected a file name"),
         (b"/save mine.json", "exists already; /save! overwrites it"),
         (b"/save /no/such/folder/chat.json", "cannot be written"),
@@ -420,29 +439,41 @@ class Terminal:
 def test_a_chat_at_a_terminal(tiny, loaded, tmp_path):
     reply = continuation(loaded, loaded[1].chat([{"role": "user", "content": "the cat"}]), 8)
     line = command("chat", "--model", tiny, "--max-new-tokens", "90000")
-    chat = Terminal(line, XDG_STATE_HOME=str(tmp_path), TERM="dumb")
-    chat.expect("/help lists the commands")
+    # Without colours, and without questions to the terminal that nobody here answers.
+    quiet = {"NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    chat = Terminal(line, XDG_STATE_HOME=str(tmp_path), **quiet)
+    chat.expect("temperature 0.0, max_new_tokens 90000; /help lists the commands")
     chat.expect("> ")
-    chat.send("the cat\n")
-    chat.expect("the cat\r\n")  # the echo
+    chat.send("the cat\r")
+    chat.expect("the cat")  # the echo
     chat.expect(reply[:3])
     chat.send("\x03")  # stops the reply only
     chat.expect("stopped")
     chat.expect("> ")
-    chat.send("/nonsense\n")
+    chat.send("/nonsense\r")
     chat.expect("error: /nonsense: no such command")
     chat.expect("> ")
-    chat.send("/stats\n")
+    chat.send("/stats\r")
     chat.expect("ended by Ctrl-C")
     chat.expect("> ")
-    chat.send("\x1b[A\n")  # arrow up: /stats again
+    chat.send("\x1b[A\r")  # arrow up: /stats again
     chat.expect("ended by Ctrl-C")
+    chat.expect("> ")
+    chat.send("/set max_new_tokens 3\r")
+    chat.expect("temperature 0.0, max_new_tokens 3")
+    chat.expect("> ")
+    chat.send("\x1b[200~the mat\nsat\x1b[201~\r")  # a pasted text of two lines
+    file = tmp_path / "said.json"
+    chat.expect("> ")
+    chat.send(f"/save {file}\r")
+    chat.expect("4 messages are in")
+    assert json.loads(file.read_text("utf-8"))[2]["content"] == "the mat\nsat"
     chat.expect("> ")
     chat.expect("once more leaves", press="\x03")
     chat.expect("> ")
     assert chat.leave() == 128 + signal.SIGINT
     os.close(chat.master)
-    history = tmp_path / "tinyllama" / "chat_history"
+    history = tmp_path / "tinyllama" / "chat_messages"
     assert "/stats" in history.read_text(encoding="utf-8")
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 

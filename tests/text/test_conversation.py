@@ -134,3 +134,23 @@ def test_bad_settings_leave_the_messages_unchanged(conversation):
     with pytest.raises(tinyllama.InputError, match="temperature"):
         conversation.ask("Hello", nothing, temperature=-1.0)
     assert conversation.messages == []
+
+
+def test_a_message_taken_back_leaves_the_conversation_and_the_cache_as_if_never_said(loaded, conversation):
+    conversation.ask("Name a colour.", nothing, **SHORT)
+    conversation.ask("Another one?", nothing, **SHORT)
+    assert conversation.undo() == "Another one?"
+    assert [message["content"] for message in conversation.messages][:1] == ["Name a colour."]
+    reply = conversation.ask("A third?", nothing, **SHORT)
+    assert reply == from_scratch(loaded, conversation.messages[:-1])
+    assert conversation.last.cached > 20
+    # Said again with the same seed it is the same, with another one not.
+    drawn = {"temperature": 1.0, **SHORT}
+    one = conversation.ask(conversation.undo(), nothing, seed=1, **drawn)
+    two = conversation.ask(conversation.undo(), nothing, seed=2, **drawn)
+    three = conversation.ask(conversation.undo(), nothing, seed=1, **drawn)
+    assert one == three != two
+    conversation.undo()
+    conversation.undo()
+    with pytest.raises(tinyllama.InputError, match="nothing to undo"):
+        conversation.undo()

@@ -111,6 +111,21 @@ class Conversation:
             )
         return said
 
+    def undo(self) -> str:
+        """Forget the last message of the user and what followed it, and return its text.
+
+        The cache keeps its tokens: the next turn goes on from what is still the same.
+
+        Raises:
+            InputError: the user has said nothing yet.
+        """
+        users = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+        if not users:
+            raise InputError("there is nothing to undo: no message has been answered yet")
+        text = self.messages[users[-1]]["content"]
+        self.messages = self.messages[: users[-1]]
+        return text
+
     def save(self, path: Path) -> None:
         """Write the messages as JSON, replacing an old file only by the complete new one."""
         replace_text(path, json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n")
