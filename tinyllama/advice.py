@@ -18,7 +18,7 @@ OF_A_TOKENIZER = {
     "apply_chat_template": 'ids = tokenizer.chat([{"role": "user", "content": "Hi"}])',
     "batch_decode": "[tokenizer.decode(row) for row in rows]",
     "convert_ids_to_tokens": "[tokenizer.piece(id) for id in ids]",
-    "tokenize": "[tokenizer.piece(id) for id in tokenizer.encode(text)]",
+    "tokenize": "tokenizer.explain(text), or [tokenizer.piece(id) for id in tokenizer.encode(text)]",
     "bos_token_id": "tokenizer.bos_id",
     "eos_token_id": "tokenizer.eos_id",
     "pad_token_id": "tokenizer.pad_id",

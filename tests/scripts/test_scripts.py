@@ -28,6 +28,7 @@ from tests.marks import unix
 from tests.shapes import TINY, tiny_config, tiny_model
 from tests.text.tiny_tokenizers import sentencepiece_folder, write_json
 from tinyllama.cli import terminal
+from tinyllama.progress import TableConsole
 from tinyllama.text.routes import TakenApart, TokenRow, first_difference
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -482,8 +483,8 @@ def test_a_chat_taken_apart_shows_origins_and_the_other_routes(run_script, tiny,
 
 
 def test_the_table_of_tokens_shows_brackets_and_escapes_controls(capfd):
-    row = TokenRow(0, 5, "[bold]\x1b[31m\u202e", "5b", "text")
-    load_script("tokens").print_table(TakenApart("", [row], []))
+    row = TokenRow(0, 5, "[bold]\x1b[31m\u202e", "5b", "text", "[")
+    TakenApart("", [row], []).show(TableConsole())
     assert "[bold]\\x1b[31m\\u202e" in capfd.readouterr().out
 
 

@@ -87,7 +87,7 @@ def test_a_script_runs_in_a_notebook_and_leaves_it_as_it_was(tiny: Path, monkeyp
     cell, shown = OutStream(), warnings.showwarning
     monkeypatch.setattr(sys, "stdout", cell)
     monkeypatch.setattr(sys, "argv", ["tokens.py", "--model", str(tiny), "the cat"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         terminal.run(load_script("tokens").main)
     assert "cat" in cell.text
     assert warnings.showwarning is shown
