@@ -191,6 +191,7 @@ def test_the_prompt_comes_from_an_argument_a_file_or_stdin(generate, loaded, tmp
     # An output can be used as a prompt.
     assert generate("--max-new-tokens", "0", stdin=expected[1].encode()) == expected
     assert generate("--max-new-tokens", "0", "é ") == (0, "é \n", "")
+    assert generate("-n", "0", "the", "cat") == (0, "the cat\n", "")  # not in quotes
 
 
 def test_an_empty_prompt_is_bos_alone_and_needs_one(generate, run_script, loaded, tmp_path):
@@ -286,6 +287,12 @@ def test_what_ends_a_text_early_keeps_the_text_so_far(generate, loaded, kernels,
         (["--system", "x", "x"], b"", "needs --chat"),
         (["--chat", " "], b"", "empty prompt"),
         (["\udcff"], b"", "lone surrogate"),
+        (
+            ["--temprature=2", "x"],
+            b"",
+            "unrecognized arguments: --temprature=2; did you mean '--temperature'?",
+        ),
+        (["the", "--seed", "3", "cat"], b"", "unrecognized arguments: cat; quote the text"),
         (["--no-such\x1b[31m"], b"", "unrecognized arguments: --no-such\\x1b"),
     ],
 )
