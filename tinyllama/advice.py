@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tinyllama.errors import InputError
@@ -18,7 +19,7 @@ OF_A_TOKENIZER = {
     "apply_chat_template": 'ids = tokenizer.chat([{"role": "user", "content": "Hi"}])',
     "batch_decode": "[tokenizer.decode(row) for row in rows]",
     "convert_ids_to_tokens": "[tokenizer.piece(id) for id in ids]",
-    "tokenize": "[tokenizer.piece(id) for id in tokenizer.encode(text)]",
+    "tokenize": "tokenizer.explain(text), or [tokenizer.piece(id) for id in tokenizer.encode(text)]",
     "bos_token_id": "tokenizer.bos_id",
     "eos_token_id": "tokenizer.eos_id",
     "pad_token_id": "tokenizer.pad_id",
@@ -36,12 +37,12 @@ class NoSuchNameError(InputError, AttributeError):
     """A name of another library was asked for; to `hasattr` it is an AttributeError."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], meant: Mapping[str, str] = MappingProxyType({})) -> str:
     """What to add to a message: "; did you mean 'window'?", or nothing if no known name is near.
 
-    Upper and lower case count as the same.
+    Upper and lower case count as the same; `meant` has the name to suggest where that is another.
     """
-    by_lower_case = {one.lower(): one for one in known}
+    by_lower_case = {one.lower(): meant.get(one, one) for one in known}
     near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
     return f"; did you mean {by_lower_case[near[0]]!r}?" if near else ""
 

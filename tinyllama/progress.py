@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -51,6 +52,14 @@ class TableConsole(Console):
     def on_broken_pipe(self) -> None:
         """Leave it to `terminal.run`, as print() does; rich would exit with status 1."""
         raise
+
+
+def printed(show: Callable[[Console], object], width: int = 110) -> str:
+    """What a function prints to a console, as plain text without the last line's end."""
+    with io.StringIO() as text:
+        # A notebook's kernel asks for colours and for HTML.
+        show(Console(file=text, width=width, highlight=False, color_system=None, force_jupyter=False))
+        return text.getvalue().rstrip("\n")
 
 
 @contextmanager

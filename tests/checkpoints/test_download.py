@@ -90,6 +90,7 @@ def test_a_config_can_be_downloaded_alone(fake_hub, weights):
     [
         ({"config.json": b"{}", "pytorch_model.bin": b""}, r"only pytorch_model\.bin, refused: pickle"),
         ({"config.json": b"{}", "consolidated.00.pth": b""}, r"only consolidated\.00\.pth, refused: pickle"),
+        ({"model-Q4.gguf": b""}, r"only model-Q4\.gguf: GGUF is llama.cpp's format"),
         ({"config.json": b"{}"}, r"expected model\.safetensors or .*found none"),
         ({"config.json": b"{}", "model.safetensors.index.json": b"{}"}, "and its shards, found none"),
         ({"config.json": b"{}", SHARDS[1]: b""}, "and its shards, found none"),

@@ -194,13 +194,32 @@ def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX, SHARDS[1]])
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, name: str):
-    # "blobs" is allowed only in the layout of the Hub's cache, which this is not.
+    # "blobs" is allowed only in the layout of the Hub's cache, which this is not. A key or a password is not
+    # named as weights are.
     folder = folder_with(tmp_path / "models" / "folder", name)
     outside = tmp_path / "blobs" / "outside"
     outside.parent.mkdir()
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
     refusal(folder, str(folder / name), "link", str(outside))
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX, SHARDS[1]])
+def test_a_link_to_a_file_of_the_same_ending_works(tmp_path: Path, name: str):
+    folder = folder_with(tmp_path / "models" / "folder", name)
+    (folder / name).rename(tmp_path / f"other-{name}")
+    (folder / name).symlink_to(tmp_path / f"other-{name}")
+    assert same(load(folder), weights())
+
+
+def test_links_from_any_folder_into_a_cache_of_the_hub_work(tmp_path: Path):
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    write_shards(tmp_path / "made")
+    for file in (tmp_path / "made").glob("*.safetensors*"):
+        (tmp_path / "made" / file.name).rename(blobs / f"hash-of-{file.name}.blob")
+        file.symlink_to(blobs / f"hash-of-{file.name}.blob")
+    assert same(load(tmp_path / "made"), weights())
 
 
 def test_links_into_the_blobs_of_the_hub_s_cache_work(tmp_path: Path):

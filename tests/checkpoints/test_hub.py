@@ -48,10 +48,34 @@ def test_what_is_no_name_gets_the_possibilities(weights, no_sockets, name):
 
 
 def test_a_file_is_not_a_folder(tmp_path, weights):
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(InputError, match="is a file, expected a checkpoint folder"):
         hub.resolve(str(file))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF", "org/x-gguf"])
+def test_gguf_is_told_what_works_instead(weights, no_sockets, name):
+    with pytest.raises(
+        InputError, match=r"GGUF is llama.cpp's format, expected safetensors; give .*smollm2$"
+    ):
+        hub.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", "TinyLlama/tinyllama-1.1b-chat-v1.0"])
+def test_a_known_name_is_found_in_any_case(weights, no_sockets, name):
+    for folder in ("SmolLM2-135M-Instruct", "TinyLlama-1.1B-Chat-v1.0"):
+        (weights / folder).mkdir(parents=True)
+    assert hub.resolve(name).name.lower().startswith(name.lower().split("/")[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("smolm2", "smollm2"), ("SmolLM2-135M-Instruct", "smollm2"), ("tiny-llama", hub.DEFAULT_MODEL)],
+)
+def test_a_misspelt_name_is_told_the_nearest_without_asking_the_hub(weights, no_sockets, name, meant):
+    with pytest.raises(InputError, match=f"did you mean '{meant}'"):
+        hub.resolve(name)
 
 
 def test_weights_are_beside_pyproject_or_in_the_current_folder(tmp_path, monkeypatch):

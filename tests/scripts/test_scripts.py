@@ -28,6 +28,7 @@ from tests.marks import unix
 from tests.shapes import TINY, tiny_config, tiny_model
 from tests.text.tiny_tokenizers import sentencepiece_folder, write_json
 from tinyllama.cli import terminal
+from tinyllama.progress import TableConsole
 from tinyllama.text.routes import TakenApart, TokenRow, first_difference
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -190,6 +191,7 @@ def test_the_prompt_comes_from_an_argument_a_file_or_stdin(generate, loaded, tmp
     # An output can be used as a prompt.
     assert generate("--max-new-tokens", "0", stdin=expected[1].encode()) == expected
     assert generate("--max-new-tokens", "0", "é ") == (0, "é \n", "")
+    assert generate("-n", "0", "the", "cat") == (0, "the cat\n", "")  # not in quotes
 
 
 def test_an_empty_prompt_is_bos_alone_and_needs_one(generate, run_script, loaded, tmp_path):
@@ -285,6 +287,12 @@ def test_what_ends_a_text_early_keeps_the_text_so_far(generate, loaded, kernels,
         (["--system", "x", "x"], b"", "needs --chat"),
         (["--chat", " "], b"", "empty prompt"),
         (["\udcff"], b"", "lone surrogate"),
+        (
+            ["--temprature=2", "x"],
+            b"",
+            "unrecognized arguments: --temprature=2; did you mean '--temperature'?",
+        ),
+        (["the", "--seed", "3", "cat"], b"", "unrecognized arguments: cat; quote the text"),
         (["--no-such\x1b[31m"], b"", "unrecognized arguments: --no-such\\x1b"),
     ],
 )
@@ -513,8 +521,8 @@ def test_a_chat_taken_apart_shows_origins_and_the_other_routes(run_script, tiny,
 
 
 def test_the_table_of_tokens_shows_brackets_and_escapes_controls(capfd):
-    row = TokenRow(0, 5, "[bold]\x1b[31m\u202e", "5b", "text")
-    load_script("tokens").print_table(TakenApart("", [row], []))
+    row = TokenRow(0, 5, "[bold]\x1b[31m\u202e", "5b", "text", "[")
+    TakenApart("", [row], []).show(TableConsole())
     assert "[bold]\\x1b[31m\\u202e" in capfd.readouterr().out
 
 

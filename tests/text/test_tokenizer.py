@@ -64,6 +64,17 @@ def test_a_text_survives_encoding_and_decoding(llama, smollm2, text):
         assert smollm2.decode(ids) == text
 
 
+def test_a_character_of_several_tokens_stands_beside_the_first(llama, smollm2):
+    bytewise = llama.explain("a 佒b")
+    assert [row.piece for row in bytewise.tokens[2:]] == ["▁", "<0xE4>", "<0xBD>", "<0x92>", "b"]
+    assert [row.text for row in bytewise.tokens[2:]] == [" ", "佒", "", "", "b"]
+    found = smollm2.explain("你好")
+    assert [row.text for row in found.tokens] == ["你", "", "好", ""]
+    assert [line.split("│")[-2].strip() for line in repr(found).splitlines()[3:7]] == ["你", "↑", "好", "↑"]
+    cells = re.findall("<td[^>]*>(.*?)</td>", found._repr_html_())
+    assert cells[5::6] == ["你", "↑", "好", "↑"]
+
+
 def test_what_cannot_be_encoded_is_refused(llama, smollm2):
     with pytest.raises(InputError, match=r"character U\+0014 at index 2 has no token"):
         smollm2.encode("ab\x14c")

@@ -22,7 +22,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
-from tinyllama.checkpoints.files import INDEX, PICKLES, SINGLE, make_folder, one_line, require_space
+from tinyllama.checkpoints.files import (
+    INDEX,
+    SINGLE,
+    make_folder,
+    one_line,
+    other_weights,
+    require_space,
+)
 from tinyllama.errors import InputError
 from tinyllama.progress import note
 
@@ -116,7 +123,8 @@ def fetch(repo_id: str, revision: str | None, folder: Path) -> None:
 
 def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
     """The files of one safetensors checkpoint and its tokenizer, of all that a repository has."""
-    if "config.json" not in names:
+    found = other_weights(names)
+    if "config.json" not in names and "gguf" not in found:
         raise InputError(
             f"{repo_id}: expected config.json, the repository has none: not a transformers model"
         )
@@ -126,8 +134,6 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
     elif INDEX in names and shards:
         weights = [INDEX, *shards]
     else:
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        found = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "none"
         raise InputError(f"{repo_id}: expected {SINGLE} or {INDEX} and its shards, found {found}")
     return [name for name in TEXT_FILES if name in names] + weights
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ UNFINISHED = ".unfinished-"  # before the name of a folder that is not complete 
 PARTIAL = ".tinyllama-partial-"  # before the name of a folder with a file that is not complete yet
 GONE_SECONDS = 24 * 3600.0  # a writer that began earlier was killed
 
+GGUF = "GGUF is llama.cpp's format, expected safetensors; give the model that it was made from"
 AGAIN = "download the checkpoint again"
 
 # The largest text file of a checkpoint is the tokenizer's: Llama 3's has 9 MB.
@@ -53,6 +54,16 @@ def first_bytes(path: Path, count: int) -> bytes:
     if not data:
         raise InputError(f"{path}: the file is empty; {AGAIN}")
     return data
+
+
+def other_weights(names: Iterable[str]) -> str:
+    """What there is instead of safetensors, among these files."""
+    for name in sorted(names):
+        if name.endswith(PICKLES):
+            return f"only {name}, refused: pickle can run any code"
+        if name.lower().endswith(".gguf"):
+            return f"only {name}: {GGUF}"
+    return "none"
 
 
 def read_bytes(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinyllama.checkpoints.files import AGAIN, INDEX, PICKLES, SINGLE, first_bytes, one_line, read_json
+from tinyllama.checkpoints.files import AGAIN, INDEX, SINGLE, first_bytes, one_line, other_weights, read_json
 from tinyllama.errors import InputError
 
 # 22 layers need 25 kB; safetensors takes 9 s for a legal header of 33 MB.
@@ -61,8 +61,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     elif index:
         found = _sharded(folder)
     else:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-        what = f"only {pickles[0]}, refused: pickle can run any code" if pickles else "neither"
+        what = other_weights(file.name for file in folder.glob("*"))
         raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, found {what}; {AGAIN}")
 
     stored: dict[str, StoredTensor] = {}
@@ -145,12 +144,18 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _safe_file(folder: Path, name: str) -> Path:
-    """The file of that name in the folder, unless it is a link that leaves it."""
+    """The file of that name in the folder, unless it is a link to what may be no weights at all.
+
+    A stranger's folder can hold links to anything that the user may read. Those that download managers make
+    lead to a file with the same ending, or to blobs/<hash> in a cache of the Hub.
+    """
     path, home = folder / name, Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots":  # the Hub's cache links snapshots/<commit>/<name> to blobs/<hash>
-        allowed.append(home.parent.parent / "blobs")
     real = Path(os.path.realpath(path))
-    if real.parent not in allowed:
-        raise InputError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
+    ending = name[name.index(".safetensors") :]
+    in_cache = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    if real.parent != home and not in_cache and not real.name.endswith(ending):
+        raise InputError(
+            f"{path}: is a link that leaves the folder, to {real}; let it lead to a file named "
+            f"*{ending}, or put the file itself there"
+        )
     return path

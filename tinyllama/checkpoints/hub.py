@@ -13,9 +13,10 @@ with warnings.catch_warnings():
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+from tinyllama.advice import did_you_mean
 from tinyllama.checkpoints.download import SHARD, RefusedError, UnreachableError, download, origin
 from tinyllama.checkpoints.embedded import make_embedded
-from tinyllama.checkpoints.files import INDEX, SINGLE
+from tinyllama.checkpoints.files import GGUF, INDEX, SINGLE
 from tinyllama.errors import InputError
 from tinyllama.progress import note
 
@@ -23,6 +24,14 @@ DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 REVISIONS = {DEFAULT_MODEL: "fe8a4ea1ffedaf415f4da2f062534de366a451e6"}
 EMBEDDED_MODEL = "smollm2"
 EMBEDDED_FOLDER = "SmolLM2-135M-Instruct"
+# What people write, and the name that they mean.
+NAMES = {
+    DEFAULT_MODEL: DEFAULT_MODEL,
+    DEFAULT_MODEL.split("/")[1]: DEFAULT_MODEL,
+    "tinyllama": DEFAULT_MODEL,
+    EMBEDDED_MODEL: EMBEDDED_MODEL,
+    EMBEDDED_FOLDER: EMBEDDED_MODEL,
+}
 
 
 def weights_folder() -> Path:
@@ -50,7 +59,8 @@ def resolve(name: str | None = None) -> Path:
     try:
         return default_model() if name is None else named_model(name)
     except RefusedError as error:
-        raise InputError(f"{error}; without the Hub, `--model {EMBEDDED_MODEL}` works") from error
+        near = "" if name in (None, DEFAULT_MODEL) else did_you_mean(str(name), NAMES, NAMES)
+        raise InputError(f"{error}{near}; without the Hub, `--model {EMBEDDED_MODEL}` works") from error
 
 
 def named_model(name: str) -> Path:
@@ -60,6 +70,11 @@ def named_model(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):  # False for a name that no folder can have
         return folder
+    for known in (EMBEDDED_MODEL, DEFAULT_MODEL):
+        if name != known and name.lower() == known.lower():  # no other model has such a name
+            return named_model(known)
+    if name.lower().endswith(("-gguf", ".gguf")):
+        raise InputError(f"model {name!r:.80}: {GGUF}, or {EMBEDDED_MODEL}")
     if is_repository(name):
         return found_or_downloaded(name)
     if os.path.isfile(folder):
@@ -67,7 +82,7 @@ def named_model(name: str) -> Path:
     present = ", ".join(str(path) for path in checkpoint_folders()) or "nothing yet"
     raise InputError(
         f"model {name!r:.80}: no such folder, nor a Hub name (org/name), nor {EMBEDDED_MODEL} (the embedded "
-        f"model); in {weights_folder()} there is: {present}"
+        f"model); in {weights_folder()} there is: {present}{did_you_mean(name, NAMES, NAMES)}"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
+from tinyllama.advice import did_you_mean
 from tinyllama.cli.terminal import piped, read_text
 from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
@@ -32,7 +33,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Exit with the one line."""
+        """Exit with the one line; an option that there is not is told the nearest one."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if len(unknown) < len(message.split()):
+            option = unknown[0].partition("=")[0]
+            known = self._option_string_actions
+            message += did_you_mean(option, known) if option.startswith("-") else "; quote the text"
         self.exit(2, f"error: {escape(message)}; see --help\n")
 
 
@@ -45,24 +51,28 @@ def as_started(examples: str) -> str:
 
 def add_prompt_options(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Where the prompt comes from, and whether it is a chat; see `read_prompt`."""
-    parser.add_argument("prompt", nargs="?", help=f"the text to {purpose}; under --chat, the user's message")
+    parser.add_argument(
+        "prompt", nargs="*", help=f"the text to {purpose}; under --chat, the user's message; best in quotes"
+    )
     parser.add_argument("--file", metavar="FILE", help="read the prompt from a file; - is stdin")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
 
 
 def read_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The prompt's text; of a file or a pipe, one newline at the very end is left out.
+    """The prompt's text: its words, joined by spaces if the shell split them.
+
+    Of a file or a pipe, one newline at the very end is left out.
 
     Exits with status 2 unless there is exactly one prompt.
     """
-    if args.prompt is not None and args.file is not None:
+    if args.prompt and args.file is not None:
         parser.error("give the prompt as an argument or by --file, not both")
-    if args.prompt is None and args.file is None and not piped():
+    if not args.prompt and args.file is None and not piped():
         parser.error("no prompt: give one as an argument, by --file, or pipe it in")
     if args.system is not None and not args.chat:
         parser.error("--system needs --chat")
-    return args.prompt if args.prompt is not None else read_text(args.file).removesuffix("\n")
+    return " ".join(args.prompt) if args.prompt else read_text(args.file).removesuffix("\n")
 
 
 def chat_messages(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -78,6 +88,7 @@ def system_message(text: str | None) -> list[dict[str, str]]:
 def add_model_name(parser: argparse._ActionsContainer) -> None:
     """Which model: the argument of `resolve`."""
     parser.add_argument(
+        "-m",
         "--model",
         metavar="NAME",
         help="a name on the Hub, a folder, or smollm2, the embedded model (default: TinyLlama-1.1B-Chat)",
@@ -139,7 +150,9 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How the next token is chosen, and how many; see `sampling`."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "-n", "--max-new-tokens", type=count, default=256, metavar="N", help="default: %(default)s"
+    )
     for option, kind, default, metavar, text in (
         ("--temperature", float, 0.0, "T", "divides the logits; 0 is greedy"),
         ("--top-k", count, 0, "K", "sample among the K most likely tokens; 0 is off"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 from tinyllama.explorer.page import answers, page, save
 from tinyllama.explorer.recording import Recording
 from tinyllama.explorer.session import Session
 from tinyllama.model import Llama
+from tinyllama.pages.cell import frame
 from tinyllama.text.tokenizer import Tokenizer
 
 
@@ -37,10 +37,8 @@ class Explored:
         return f"Explored({len(self.recording.ids)} tokens; .save('page.html') writes the page)"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, whose scripts reach nothing else."""
-        text = page(answers(self.session, self._layer, self._head))
-        frame = 'sandbox="allow-scripts" style="width: 100%; height: 52rem; border: 1px solid #8884"'
-        return f'<iframe title="tinyllama explorer" {frame} srcdoc="{html.escape(text)}"></iframe>'
+        """The page, for a notebook."""
+        return frame("tinyllama explorer", page(answers(self.session, self._layer, self._head)))
 
 
 def explore(

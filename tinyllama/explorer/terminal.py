@@ -8,6 +8,7 @@ from rich.text import Text
 from tinyllama.explorer import views
 from tinyllama.explorer.session import Session
 from tinyllama.progress import TableConsole, escape
+from tinyllama.text.pieces import characters
 
 SHADES = " ·░▒▓█"
 WIDEST = 64  # tokens in a map of characters
@@ -34,7 +35,7 @@ def show(session: Session) -> None:
     word = escape(views.text(session.tokenizer, target))
     console.print(Text(f"\nthe heads that add most to the logit of ‘{word}’, {parts['logit']:.2f}"))
     table = Table(*(Column(name, justify="right") for name in ("layer", "head", "adds")), "looks at")
-    shown = views.characters(recording.ids, session.tokenizer)
+    shown = characters(recording.ids, session.tokenizer)
     adds.sort(reverse=True)
     for value, layer, head in adds[:8]:
         row = views.attention_row(recording, layer, head, last) or []

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama.errors import InputError
 from tinyllama.explorer.lines import Call, Trace, function_source
 from tinyllama.explorer.recording import COLUMNS, HeadRows, Pass, Recording, together
 from tinyllama.kernels import kernel_name
 from tinyllama.sampler import Sampler, repetition_penalty, top_k, top_p
+from tinyllama.text.pieces import characters, spelt
 from tinyllama.text.tokenizer import Tokenizer
 
 WORDS = 5  # of a lens
@@ -52,37 +52,12 @@ def tokens(recording: Recording, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return found
 
 
-def characters(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
-    """The text of each token and how many tokens make it: a character of several is with the first."""
-    stream = tokenizer.stream(skip_special=False)
-    found: list[tuple[str, int]] = []
-    begun = 0
-    for index, id in enumerate(ids):
-        try:
-            piece = stream.feed(id)
-        except InputError:  # a model may have more ids than its tokenizer
-            piece = spelt(tokenizer, id)[0]
-        found.append(("", 0))
-        if piece or index == len(ids) - 1:
-            found[begun] = (piece + (stream.flush() if index == len(ids) - 1 else ""), index + 1 - begun)
-            begun = index + 1
-    return found
-
-
 @cache
 def text(tokenizer: Tokenizer, id: int) -> str:
     """One token alone, as text; bytes that are no character as their piece."""
     piece, raw = spelt(tokenizer, id)
     shown = raw.decode("utf-8", "replace") or piece
     return piece if "\ufffd" in shown else shown
-
-
-def spelt(tokenizer: Tokenizer, id: int) -> tuple[str, bytes]:
-    """A token's piece and bytes; of an id that the tokenizer does not have its number and no bytes."""
-    try:
-        return tokenizer.piece(id), tokenizer.token_bytes(id)
-    except InputError:
-        return f"<{id}>", b""
 
 
 def heads(recording: Recording) -> dict[str, Any]:

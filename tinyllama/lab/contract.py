@@ -15,6 +15,7 @@ from tinyllama.kernels import kernel_code, kernel_name
 from tinyllama.lab.checks import CHECKS, SIZES, Check
 from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
 from tinyllama.lab.trial import Trial
+from tinyllama.pages import cell
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,13 @@ class Clause:
 
     def __str__(self) -> str:
         """One line."""
+        return f"  {self.verdict:<9}{self.name:<9} {self.found}"
+
+    @property
+    def found(self) -> str:
+        """The smallest example that breaks it, or what it demands."""
         in_vain = "; declared broken, but it holds" if self.declared and self.example is None else ""
-        return f"  {self.verdict:<9}{self.name:<9} {self.example or self.says + in_vain}"
+        return self.example or self.says + in_vain
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,19 @@ class Contract:
         """Every clause is kept, or broken as declared."""
         return all(clause.verdict != "BROKEN" for clause in self.clauses)
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """The kernel and the verdict."""
+        return f"{self.kernel}: {'keeps' if self.passed else 'BREAKS'} the contract"
+
+    def __repr__(self) -> str:
         """A line for each clause."""
-        verdict = "keeps the contract" if self.passed else "BREAKS the contract"
-        return "\n".join([f"{self.kernel}: {verdict}", *map(str, self.clauses)])
+        return "\n".join([self.title, *map(str, self.clauses)])
+
+    def _repr_html_(self) -> str:
+        """A table, for a notebook."""
+        rows = [(one.verdict, one.name, one.found) for one in self.clauses]
+        return cell.table(self.title, ("verdict", "clause", "what it demands, or what breaks it"), rows)
 
 
 def check_attention(

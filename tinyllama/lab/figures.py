@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from tinyllama.kernels import kernel_name
@@ -12,7 +13,9 @@ from tinyllama.lab.contract import Clause
 from tinyllama.lab.perplexity import Perplexity, perplexity
 from tinyllama.lab.speed import Speed
 from tinyllama.model import Llama
+from tinyllama.pages.cell import frame
 from tinyllama.parity.measure import Difference
+from tinyllama.progress import printed
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,15 @@ class Scorecard:
     extent: Extent
     unchanged: Unchanged
     changes: list[Card]
+
+    def __repr__(self) -> str:
+        """The tables that lab.py prints."""
+        from tinyllama.lab.tables import show  # here, because tables.py imports this file
+
+        return printed(partial(show, card=self))
+
+    def _repr_html_(self) -> str:
+        """The page that lab.py writes, for a notebook."""
+        from tinyllama.lab.page import page  # here, because page.py imports this file
+
+        return frame("tinyllama scorecard", page(self))

@@ -13,7 +13,9 @@ from tinyllama.device import check_memory
 from tinyllama.errors import InputError
 from tinyllama.hooks import capture, patch
 from tinyllama.lab.change import Change
+from tinyllama.lab.tables import shades
 from tinyllama.model import Llama
+from tinyllama.pages.cell import squares, table
 
 
 @torch.no_grad()
@@ -145,6 +147,32 @@ class HeadScores:
 
     previous: Tensor
     induction: Tensor
+
+    def __repr__(self) -> str:
+        """Each layer with a character for every head, darker for more; the strongest heads first."""
+        lines = [f"{name}: {self.strongest(name)}" for name in ("previous", "induction")]
+        width = max(len("previous"), self.previous.shape[1])
+        lines.append(f"layer  {'previous':<{width}}  induction")
+        for layer, parts in enumerate(zip(self.previous.tolist(), self.induction.tolist(), strict=True)):
+            previous, induction = map(shades, parts)
+            lines.append(f"{layer:>5}  {previous:<{width}}  {induction}".rstrip())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A square for every head, for a notebook."""
+        title = "; ".join(f"{name}: {self.strongest(name)}" for name in ("previous", "induction"))
+        rows = [
+            (layer, *(squares({f"layer {layer}, head {h}": p for h, p in enumerate(part)}) for part in parts))
+            for layer, parts in enumerate(zip(self.previous.tolist(), self.induction.tolist(), strict=True))
+        ]
+        return table(title, ("#layer", "previous", "induction"), rows)
+
+    def strongest(self, name: str, count: int = 3) -> str:
+        """The heads with the highest scores of that name, in words."""
+        values, places = getattr(self, name).flatten().topk(min(count, self.previous.numel()))
+        heads = (divmod(place, self.previous.shape[1]) for place in places.tolist())
+        pairs = zip(heads, values.tolist(), strict=True)
+        return ", ".join(f"layer {layer} head {head} ({value:.2f})" for (layer, head), value in pairs)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinyllama.attention import Kernel
 from tinyllama.model import Llama
+from tinyllama.pages import cell
 from tinyllama.parity.divergence import Run
 from tinyllama.parity.measure import Difference, Limits, Verdict, broken, difference, judge, limits
 from tinyllama.parity.oracle import oracle_logits
@@ -172,16 +173,31 @@ class Comparison:
     same_bits: bool
     verdict: Verdict
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """In a few lines."""
-        rows = {"mine": self.mine} | ({} if self.reference is None else {"reference": self.reference})
         lines = [
-            f"{who:<10} relRMS {d.relative:.2e}  max {d.max:.2e}  KL {d.kl_mean:.1e}  top-1 {d.top1:.1%}"
-            for who, d in rows.items()
+            f"{who:<10} relRMS {relative}  max {largest}  KL {kl}  top-1 {top1}"
+            for who, relative, largest, kl, top1 in self._rows()
         ]
-        lines.append("the bits are the same" if self.same_bits else "the bits differ")
-        lines += self.verdict.failures
-        return "\n".join([*lines, "passed" if self.verdict.passed else "FAILED"])
+        return "\n".join([*lines, *self._findings()])
+
+    def _repr_html_(self) -> str:
+        """A table, for a notebook."""
+        columns = ("against the truth", "#relRMS", "#max", "#KL", "#top-1")
+        return cell.table("; ".join(reversed(self._findings())), columns, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The figures of each implementation, written out."""
+        measured = {"mine": self.mine} | ({} if self.reference is None else {"reference": self.reference})
+        return [
+            (who, f"{d.relative:.2e}", f"{d.max:.2e}", f"{d.kl_mean:.1e}", f"{d.top1:.1%}")
+            for who, d in measured.items()
+        ]
+
+    def _findings(self) -> list[str]:
+        """Whether the bits are the same, every criterion that is broken, and the verdict."""
+        bits = "the bits are the same" if self.same_bits else "the bits differ"
+        return [bits, *self.verdict.failures, "passed" if self.verdict.passed else "FAILED"]
 
 
 @torch.no_grad()

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import zip_longest
+from typing import Any
 
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from tinyllama.pages import cell
+from tinyllama.progress import escape, printed
 from tinyllama.text.messages import Message
+from tinyllama.text.pieces import characters
 from tinyllama.text.tokenizer import Tokenizer
+
+STYLES = {"special": "magenta", "template": "cyan", "text": ""}
+ABOVE = "↑"
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One token of a prompt; `bytes` are in hex, `origin` is as in `Token`."""
+    """One token of a prompt.
+
+    Attributes:
+        position: in the prompt.
+        id: of the token.
+        piece: as the vocabulary spells it.
+        bytes: those that it stands for, in hex.
+        origin: as in `Token`.
+        text: the characters that end in it; a character of several tokens is with the first of them, and the
+            others have none.
+    """
 
     position: int
     id: int
     piece: str
     bytes: str
     origin: str
+    text: str
+
+
+COLUMNS = [field.name for field in fields(TokenRow)]
 
 
 @dataclass(frozen=True)
@@ -37,11 +62,36 @@ class Route:
 
 @dataclass(frozen=True)
 class TakenApart:
-    """The text of a prompt, its tokens, and the other routes."""
+    """The text of a prompt, its tokens, and the other routes; shown as a table."""
 
     text: str
     tokens: list[TokenRow]
     routes: list[Route]
+
+    def show(self, console: Console) -> None:
+        """Print the tokens as a table and the other routes below it."""
+        numbers = (Column(name, justify="right") for name in COLUMNS[:2])
+        table = Table(*numbers, *COLUMNS[2:])
+        for row, cells in zip(self.tokens, self._cells(), strict=True):
+            # Text objects: in a plain string, rich would read [brackets] as markup.
+            table.add_row(*(Text(escape(str(cell))) for cell in cells), style=STYLES[row.origin])
+        console.print(table)
+        for route in self.routes:
+            console.print(Text(str(route), style="bold"))
+            console.print(Text(" ".join(map(str, route.ids))))
+
+    def __repr__(self) -> str:
+        """The table, for a terminal or a notebook without HTML."""
+        return printed(self.show)
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        title = "; ".join([f"{len(self.tokens)} tokens", *map(str, self.routes)])
+        return cell.table(title, [f"#{name}" for name in COLUMNS[:2]] + COLUMNS[2:], self._cells())
+
+    def _cells(self) -> list[tuple[Any, ...]]:
+        """What the table shows of each token; a token that completes the character above points there."""
+        return [(*astuple(row)[:-1], row.text or ABOVE) for row in self.tokens]
 
 
 def take_apart(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> TakenApart:
@@ -59,8 +109,8 @@ def take_apart(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> TakenAp
         }
     ids = [token.id for token in tokens]
     rows = [
-        TokenRow(i, id, tokenizer.piece(id), tokenizer.token_bytes(id).hex(" "), origin)
-        for i, (id, origin) in enumerate(tokens)
+        TokenRow(i, id, tokenizer.piece(id), tokenizer.token_bytes(id).hex(" "), origin, shown)
+        for i, ((id, origin), (shown, _)) in enumerate(zip(tokens, characters(ids, tokenizer), strict=True))
     ]
     routes = [Route(name, other, first_difference(ids, other)) for name, other in others.items()]
     return TakenApart(text, rows, routes)

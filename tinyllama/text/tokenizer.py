@@ -22,7 +22,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from tinyllama.advice import OF_A_TOKENIZER, no_such_name
 from tinyllama.errors import InputError
@@ -32,6 +32,9 @@ from tinyllama.text.messages import Message
 from tinyllama.text.special_tokens import Segment, SpecialTokens, check_text
 from tinyllama.text.tokenizer_files import TokenizerFiles
 from tinyllama.text.vocabulary import SPACE, sentencepiece_vocabulary
+
+if TYPE_CHECKING:
+    from tinyllama.text.routes import TakenApart
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -128,6 +131,15 @@ class Tokenizer:
         check_text(text, "text")
         begin = [Token(self.bos_id, "special")] if bos and self._adds_bos and self.bos_id is not None else []
         return begin + self.encode_segments(self._special.split(text, "text"))
+
+    def explain(self, prompt: str | Sequence[Message]) -> TakenApart:
+        """A text, or a chat given as messages, taken apart; in a notebook or a terminal it shows as a table.
+
+        Raises InputError as `encode` and `chat` do.
+        """
+        from tinyllama.text.routes import take_apart  # here, because routes.py imports this file
+
+        return take_apart(self, prompt)
 
     def chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, strict: bool = False
