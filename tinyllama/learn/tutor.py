@@ -29,7 +29,9 @@ from tinyllama.learn.judge import (
     using,
 )
 from tinyllama.model import Llama
+from tinyllama.pages.cell import table
 from tinyllama.parity.oracle import oracle_logits
+from tinyllama.progress import escape
 from tinyllama.text.tokenizer import Tokenizer
 
 ROUNDS = 3  # of timing, interleaved
@@ -89,15 +91,13 @@ class Report:
 
     def _repr_html_(self) -> str:
         """For a notebook."""
-        row = Markup(
-            "<tr><th>{}</th><td>{}</td><td style='text-align: left; white-space: pre-wrap'>{}</td></tr>"
-        )
         rows = []
         for one in self.verdicts:
             said = [one.says, f"suspect: {one.suspect}" if one.suspect else ""]
-            rows.append(row.format(one.step, one.sign, "\n".join(filter(None, said))))
+            rows.append([one.step, one.sign, Markup("<br>").join(filter(None, said))])
         rest = str(self).partition("\n\n")[2]
-        return Markup("<table>{}</table><pre>{}</pre>").format(Markup("").join(rows), rest)
+        whole = table("your functions", ["step", "", "what was found"], rows)
+        return whole + Markup("<pre>{}</pre>").format(escape(rest, "\n"))
 
 
 def check(
