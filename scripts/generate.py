@@ -56,6 +56,8 @@ def main() -> int:
     old, new, context = len(ids), len(reply.ids), model.config.context
     if old + new == context and reply.reason == "length":
         note(f"stopped: the context of {context} tokens is full")
+    if tokenizer.chat_template and not args.chat and sys.stderr is not None and sys.stderr.isatty():
+        note("this is a chat model, which continued the text; with --chat it answers it")
     if args.stats:
         import torch
 

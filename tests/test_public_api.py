@@ -42,6 +42,17 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_packages_are_there_after_importing_tinyllama_alone():
+    # In a process of its own: here other tests have imported them.
+    code = (
+        "import tinyllama\n"
+        "assert {'lab', 'parity', 'explorer', 'load', 'generate'} <= set(dir(tinyllama))\n"
+        "assert 'check_attention' in dir(tinyllama.lab) and 'compare' in dir(tinyllama.parity)\n"
+        "tinyllama.lab.load_kernel('window'), tinyllama.parity.compare, tinyllama.explorer"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_every_public_thing_has_a_docstring():
     bare = []
     for module in modules():

@@ -300,6 +300,12 @@ def test_bad_input_is_one_line_and_status_2(generate, arguments, stdin, expected
     assert_refused(generate(*arguments, stdin=stdin), expected)
 
 
+def test_at_a_terminal_a_chat_model_is_said_to_be_one(generate, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "with --chat" in generate(PROMPT)[2]
+    assert "with --chat" not in generate(PROMPT, "--chat")[2]
+
+
 # --- chat ------------------------------------------------------------------------------------------------
 
 
