@@ -54,7 +54,7 @@ def test_a_contract_is_its_lines_or_a_row_for_each_clause():
 def test_head_scores_name_the_strongest_heads_and_draw_all():
     scores = HeadScores(previous=SCORES, induction=SCORES.flip(1))
     assert scores.strongest("previous", 1) == "layer 1 head 1 (0.95)"
-    assert repr(scores).splitlines()[-2:] == ["    0   ··       ··", "    1  ░█░      ░█░"]
+    assert repr(scores).splitlines()[-2:] == ["    0   ·░       ░·", "    1  ░█▒       ▒█░"]
     titles = [value for name, value in Read(scores._repr_html_()).attributes if name == "title"]
     assert len(titles) == 12
     assert "layer 1, head 1: 0.95" in titles

@@ -88,7 +88,7 @@ def test_an_unknown_name_or_file_is_refused(kernel_file, tmp_path):
     for name in KERNELS | VARIANTS:  # all names are there to choose from
         assert f" {name}" in str(error.value)
     for place in (tmp_path / "absent.py", tmp_path):
-        with pytest.raises(InputError, match="no such file; expected a kernel as"):
+        with pytest.raises(InputError, match="no such file; expected a Python file"):
             load_kernel(f"{place}:attend")
     with pytest.raises(InputError, match="expected a Python file"):
         load_kernel(f"{kernel_file('', 'mine.txt')}:attend")

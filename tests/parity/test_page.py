@@ -96,7 +96,7 @@ def test_every_figure_is_shown_as_it_is(results, read):
 def test_no_figure_is_missing(results, read):
     """Except what is drawn or said in words, the references' flips, and all gradients but the worst."""
     said = r"passed|.*\.(reference|harmless|dtype|model|near_tie|note|found|suspect)|cases\.\d\.texts\..*"
-    said += r"|.*\.(by_position|settings)\..*|.*\.(shape|place)\.\d|.*failures\..*"
+    said += r"|.*\.(by_position|settings)\..*|.*\.(shape|expected_shape|place)\.\d|.*failures\..*"
     said += rf"|cases\.\d\.rows\.[01]\.flips.*|searches\.{len(results.searches) - 1}\..*"
     said += r"|gradients\.\d\.(rows|worst\.(passed|same_bits)).*"
     missing = [key for key in leaves(plain(results)) if key not in read.shown]

@@ -122,7 +122,7 @@ def test_such_a_name_does_not_end_a_conversation(name: str):
     conversation = Conversation.__new__(Conversation)
     conversation.messages = []
     with pytest.raises(InputError, match=name[:1]):
-        load_script("chat").obey(conversation, f"/save {name}")
+        load_script("chat").obey(conversation, f"/save {name}", {})
 
 
 @pytest.mark.parametrize(

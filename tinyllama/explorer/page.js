@@ -44,7 +44,12 @@ async function request(path, body) {
   return answer;
 }
 
+let forgetting = false;
+
 async function act(name, body) {
+  forgetting = name === "forget";
+  // What was asked of a branch is answered before it goes, and nothing more is asked of it.
+  while (forgetting && pending) await new Promise((resolve) => setTimeout(resolve, 20));
   say("computing…", true);
   const timer = setInterval(async () => {
     const { progress } = await request("progress");
@@ -60,6 +65,7 @@ async function act(name, body) {
     throw error;
   } finally {
     clearInterval(timer);
+    forgetting = false;
     document.body.removeAttribute("aria-busy");
   }
 }
@@ -221,7 +227,7 @@ function draw() {
 
 async function drawVisible() {
   for (const name of [...inSight]) {
-    if (!dirty.delete(name)) continue;
+    if (forgetting || !dirty.delete(name)) continue;
     const mine = turn;
     try {
       await sections[name](() => mine === turn);
