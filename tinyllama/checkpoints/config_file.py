@@ -15,7 +15,8 @@ from tinyllama.rope_scaling import SCALINGS, RopeScaling
 
 # Fields with no effect on the forward pass: about the file, training or generation defaults.
 IGNORED = """
-    _attn_implementation_autoset _name_or_path auto_map chunk_size_feed_forward custom_pipelines do_sample
+    _attn_implementation_autoset _name_or_path attention_kernel auto_map chunk_size_feed_forward
+    custom_pipelines do_sample
     dtype id2label initializer_range is_llama_config label2id max_length max_new_tokens max_sequence_length
     name_or_path output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
     repetition_penalty return_dict temperature tokenizer_class top_k top_p torch_dtype
@@ -75,6 +76,16 @@ def read_config(folder: str | Path) -> LlamaConfig:
         return dataclasses.replace(config, eos_token_id=eos)
     except InputError as error:
         raise InputError(f"{generation}: {error}") from error
+
+
+def check_kernel(folder: Path, given: str) -> None:
+    """Raise InputError if the weights were trained with another attention than the one of that name."""
+    trained = read_json(folder / "config.json").get("attention_kernel")
+    if trained is not None and trained != given:
+        raise InputError(
+            f"{folder}: its weights were trained with attention {trained!r:.80}, and attention is {given}; "
+            "give that kernel as `attention`, or --attention"
+        )
 
 
 def config_from_dict(values: dict[str, Any], where: str = "config") -> LlamaConfig:

@@ -7,16 +7,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
+from tinyllama.lab.training import moments, restore, step, windows
 from tinyllama.model import Llama
-
-# Largest norm of all gradients together; larger gradients are scaled down to it.
-CLIP = 1.0
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside each weight
 
 
 def heal(
@@ -43,12 +38,8 @@ def heal(
     Raises:
         InputError: the text is shorter than one window, or `start` belongs to another model.
     """
-    if len(ids) <= settings.length:
-        raise InputError(
-            f"text: expected more than {settings.length} tokens to learn from, got {len(ids)}; "
-            "give a longer text or a smaller --length"
-        )
     text = torch.tensor(list(ids))
+    windows(text, settings.batch, settings.length, settings.seed, 0)  # refused before anything is changed
     with replace(change, weights=start.weights if start else {}).applied(model):
         weights = trained(model, change)
         own = {name: parameter.data for name, parameter in weights.items()}
@@ -62,10 +53,11 @@ def heal(
             optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr)
             losses = list(start.losses) if start else []
             if start:
-                _restore(optimizer, weights, start)
+                restore(optimizer, weights, start.moments, len(losses))
             while len(losses) < steps:
-                losses.append(_step(model, optimizer, weights, text, settings, len(losses)))
-                yield Healed(settings, tuple(losses), _values(weights), _moments(optimizer, weights))
+                rows = windows(text, settings.batch, settings.length, settings.seed, len(losses))
+                losses.append(step(model, optimizer, rows))
+                yield Healed(settings, tuple(losses), _values(weights), moments(optimizer, weights))
         finally:
             for name, value in own.items():
                 weights[name].data = value
@@ -83,48 +75,5 @@ def trained(model: Llama, change: Change) -> dict[str, nn.Parameter]:
     }
 
 
-def _step(
-    model: Llama,
-    optimizer: torch.optim.AdamW,
-    weights: dict[str, nn.Parameter],
-    text: Tensor,
-    settings: Settings,
-    number: int,
-) -> float:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-    starts = torch.randint(len(text) - settings.length, (settings.batch, 1), generator=generator)
-    window = text[starts + torch.arange(settings.length + 1)].to(model.embed_tokens.weight.device)
-    logits = model(window[:, :-1]).flatten(0, 1)  # (B * T, V)
-    loss = F.cross_entropy(logits.float(), window[:, 1:].flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(weights.values(), CLIP)
-    optimizer.step()
-    return loss.item()
-
-
 def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in weights.items()}
-
-
-def _moments(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in weights.items()
-        for moment in MOMENTS
-        if parameter in optimizer.state
-    }
-
-
-def _restore(optimizer: torch.optim.AdamW, weights: dict[str, nn.Parameter], start: Healed) -> None:
-    for name, parameter in weights.items():
-        saved = {moment: start.moments.get(f"{name}.{moment}") for moment in MOMENTS}
-        if any(value is not None for value in saved.values()):  # a parameter without a gradient has none
-            moments = {}
-            for moment, value in saved.items():
-                if value is None or value.shape != parameter.shape:
-                    raise InputError(
-                        f"{name}.{moment}: expected shape {list(parameter.shape)} to resume from"
-                    )
-                moments[moment] = value.to(parameter.data).clone()
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(start.losses))), **moments}

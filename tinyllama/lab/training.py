@@ -1,0 +1,124 @@
+"""Training by AdamW on windows of a text: the steps that healing and training from scratch share.
+
+A step's windows follow from the seed and its number alone, so every kernel reads the same ones in the same
+order, and a run resumed halfway gives the same bits as one run in one go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyllama.errors import InputError
+from tinyllama.model import Llama
+
+# Largest norm of all gradients together; larger gradients are scaled down to it.
+CLIP = 1.0
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside each weight
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: a line up from 0, then half a cosine down (SGDR, arXiv:1608.03983).
+
+    Attributes:
+        peak: the largest.
+        steps: of the whole run.
+        warm_up: steps of the line.
+        final: the share of the peak at the end.
+    """
+
+    peak: float
+    steps: int
+    warm_up: int = 0
+    final: float = 0.1
+
+    def at(self, step: int) -> float:
+        """Of a step, counted from 0."""
+        if step < self.warm_up:
+            return self.peak * (step + 1) / self.warm_up
+        way = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
+        return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * way)) / 2)
+
+
+def windows(text: Tensor, batch: int, length: int, seed: int, number: int) -> Tensor:
+    """The windows of a step, (batch, length + 1): each token is to be predicted from those before it.
+
+    Raises:
+        InputError: the text is shorter than one window.
+    """
+    if len(text) <= length:
+        raise InputError(
+            f"text: expected more than {length} tokens to learn from, got {len(text)}; "
+            "give a longer text or a smaller --length"
+        )
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
+    return text[starts + torch.arange(length + 1)]
+
+
+def step(
+    model: Llama,
+    optimizer: torch.optim.AdamW,
+    rows: Tensor,
+    *,
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """One step of an optimizer over the windows; returns the mean loss in nats a token.
+
+    Args:
+        model: is called once for each part of the windows.
+        optimizer: of the weights that learn.
+        rows: (B, T + 1).
+        accumulate: in how many parts the windows are read; more parts need less memory.
+        autocast: compute in this dtype where PyTorch finds it safe.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    device, total = model.embed_tokens.weight.device, 0.0
+    for part in rows.to(device).chunk(accumulate):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            logits = model(part[:, :-1]).flatten(0, 1)  # (B * T, V)
+        share = len(part) / len(rows)
+        loss = F.cross_entropy(logits.float(), part[:, 1:].flatten()) * share
+        loss.backward()
+        total += loss.item()
+    nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], CLIP)
+    optimizer.step()
+    return total
+
+
+def moments(optimizer: torch.optim.AdamW, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's running means by the names of the weights, to be kept with them."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in weights.items()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+
+
+def restore(
+    optimizer: torch.optim.AdamW, weights: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor], steps: int
+) -> None:
+    """Put the running means back, after that many steps.
+
+    Raises:
+        InputError: they belong to other weights.
+    """
+    for name, parameter in weights.items():
+        saved = {moment: kept.get(f"{name}.{moment}") for moment in MOMENTS}
+        if any(value is not None for value in saved.values()):  # a parameter without a gradient has none
+            back = {}
+            for moment, value in saved.items():
+                if value is None or value.shape != parameter.shape:
+                    raise InputError(
+                        f"{name}.{moment}: expected shape {list(parameter.shape)} to resume from"
+                    )
+                back[moment] = value.to(parameter.data).clone()
+            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **back}
