@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from tinyllama.errors import InputError
 from tinyllama.progress import TableConsole, note, step_progress
 
 if TYPE_CHECKING:
-    from tinyllama.lab.from_scratch import Finding, Run
+    from tinyllama.lab.from_scratch import Finding, Recipe, Run
 
 HELD_OUT = 0.1  # of the text
 SIZES = {"k": 10**3, "M": 10**6, "G": 10**9}
@@ -86,7 +87,7 @@ def main() -> int:
         found = {"recipe": asdict(recipe), "parameters": total, "findings": list(map(asdict, findings(runs)))}
         print(json.dumps(found | {"runs": [asdict(one) for some in runs.values() for one in some]}, indent=1))
     else:
-        show(runs, findings(runs))
+        show(runs, recipe, findings(runs))
     return 0
 
 
@@ -100,20 +101,26 @@ def corpus(path: Path) -> str:
     return "\n".join(read_text(str(file)) for file in files)
 
 
-def show(runs: dict[str, list[Run]], found: list[Finding]) -> None:
+def show(runs: dict[str, list[Run]], recipe: Recipe, found: list[Finding]) -> None:
     """The held-out loss on the way, and the verdicts."""
     from rich.table import Column, Table
 
-    looks = [steps for steps, _ in next(iter(runs.values()))[0].held_out]
-    columns = [*(f"step {steps}" for steps in looks), "± over seeds", "tokens/s", "MB"]
-    table = Table("kernel", *(Column(name, justify="right") for name in columns))
-    for name, own in runs.items():
-        means = [statistics.mean(run.held_out[look][1] for run in own) for look in range(len(looks))]
-        ends = [run.held_out[-1][1] for run in own]
-        spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else "–"
-        speed = statistics.median(run.tokens_per_second for run in own)
-        most = max(run.bytes for run in own) / 1e6
-        table.add_row(name, *(f"{mean:.3f}" for mean in means), spread, f"{speed:,.0f}", f"{most:,.0f}")
+    table = Table("tokens read", *(Column(name, justify="right") for name in runs))
+
+    def row(name: str, figure: Callable[[list[Run]], str]) -> None:
+        table.add_row(name, *map(figure, runs.values()))
+
+    for look, (steps, _) in enumerate(next(iter(runs.values()))[0].held_out):
+
+        def mean(own: list[Run], look: int = look) -> str:
+            return f"{statistics.mean(run.held_out[look][1] for run in own):.3f}"
+
+        row(f"{steps * recipe.batch * recipe.length:,}", mean)
+    ends = {name: [run.held_out[-1][1] for run in own] for name, own in runs.items()}
+    if min(map(len, ends.values())) > 1:
+        row("± over seeds", lambda own: f"{statistics.stdev(ends[own[0].kernel]):.3f}")
+    row("tokens/s", lambda own: f"{statistics.median(run.tokens_per_second for run in own):,.0f}")
+    row("most memory, MB", lambda own: f"{max(run.bytes for run in own) / 1e6:,.0f}")
     TableConsole().print(table)
     print(
         "loss of held-out text in nats a token; below each kernel beside the first, by Student's t over seeds"
