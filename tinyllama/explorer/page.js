@@ -198,17 +198,22 @@ function select(changes) {
   draw();
 }
 
-// The address keeps what is chosen.
+// The address keeps what is chosen. Where it was changed from outside, that is read first (hashchange).
+let written = location.hash;
+
 function remember() {
+  if (location.hash !== written) return;
   const chosen = Object.entries(at).filter(([, value]) => value !== null);
   try {
     history.replaceState(null, "", "#" + chosen.map(([name, value]) => name + "=" + value).join("&"));
   } catch {
     // A frame in a notebook has no address of its own.
   }
+  written = location.hash;
 }
 
 function fromHash() {
+  written = location.hash;
   for (const part of location.hash.slice(1).split("&")) {
     const [name, value] = part.split("=");
     if (name in at && /^\d{1,9}$/.test(value)) at[name] = Number(value);
@@ -324,7 +329,10 @@ function go(step) {
     }, el("td", { class: "n" }, String(number)), el("td", { class: "s" }, text), el("td", { class: "v" }, ...values.map(shownValue)));
   });
   $("source").replaceChildren(el("table", {}, el("tbody", {}, ...rows)));
-  $("source").querySelector(".now")?.scrollIntoView({ block: "nearest" });
+  // Within its box alone: scrollIntoView would move the whole page away from what one looks at.
+  const box = $("source"), seen = box.getBoundingClientRect(), row = box.querySelector(".now")?.getBoundingClientRect() ?? seen;
+  if (row.top < seen.top || row.height > seen.height) box.scrollTop += row.top - seen.top;
+  else if (row.bottom > seen.bottom) box.scrollTop += row.bottom - seen.bottom;
 }
 
 function shownValue(value) {
