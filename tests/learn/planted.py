@@ -28,6 +28,12 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
             "the mean is subtracted",
         ),
         ("* weight", "* (1 + weight)", "norm weight is applied as 1 + w"),
+        (
+            f"x * {HALF_ROOT}",
+            "(x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)",
+            "as in LayerNorm, and std divides by C - 1",
+        ),
+        (f"x * {HALF_ROOT}", "x / x.std(-1, keepdim=True)", "std subtracts the mean"),
         (" * weight", "", "norm weight is not applied"),
         ("mean(-1, keepdim=True)", "mean(0)", "the mean runs over the tokens"),
         ("mean(-1, keepdim=True)", "mean()", "the mean runs over the whole text"),

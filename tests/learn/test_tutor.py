@@ -45,6 +45,10 @@ def fails(x, weight, eps):
     return x / weight[:3]
 
 
+def crossed(x, weight, eps):
+    return x @ (x @ x.T)
+
+
 def endless(x, weight, eps):
     while True:
         with suppress(Exception):
@@ -78,6 +82,7 @@ def words(x, weight, eps):
         (nothing, "it returns nothing: `return` is missing"),
         (fails, "`return x / weight[:3]`: RuntimeError: The size of tensor a (64)"),
         (endless, "still busy after 0.5 s: line "),
+        (crossed, "cannot be multiplied (6x64 and 6x6); a matrix is kept as (out, in), so x @ W.T"),
         (in_place, "it changes what it is given"),
         (batched, "there is a batch axis"),
         (low, "it computes in float16"),

@@ -333,4 +333,6 @@ def place(error: BaseException, function: Function) -> str:
     if isinstance(error, TimeIsUp):
         return where
     said = " ".join(str(error).split())
+    if "shapes cannot be multiplied" in said:
+        said += "; a matrix is kept as (out, in), so x @ W.T"
     return f"{where}: {type(error).__name__}{said and ': '}{said:.200}"

@@ -26,6 +26,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Suspects:
         "the mean runs over the tokens, not over a token's numbers",
         x / (square.mean(0) + eps).sqrt() * weight,
     )
+    centred, deviation = x - x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    yield "the mean is subtracted, as in LayerNorm, and std divides by C - 1", centred / deviation * weight
+    yield "std subtracts the mean before it squares", x / deviation * weight
     yield "the root is left out", x / (square.mean(-1, keepdim=True) + eps) * weight
     yield "the sum is taken for the mean", x / (square.sum(-1, keepdim=True) + eps).sqrt() * weight
     yield "the squares are left out: it divides by the mean size", x / x.abs().mean(-1, keepdim=True) * weight
