@@ -22,7 +22,8 @@ from tinyllama.errors import InputError
 from tinyllama.progress import TableConsole, note, step_progress
 
 if TYPE_CHECKING:
-    from tinyllama.lab.from_scratch import Finding, Recipe, Run
+    from tinyllama.lab.findings import Finding
+    from tinyllama.lab.from_scratch import Recipe, Run
 
 HELD_OUT = 0.1  # of the text
 SIZES = {"k": 10**3, "M": 10**6, "G": 10**9}
@@ -32,7 +33,7 @@ EXAMPLES = """\
   python scripts/train.py sdpa my_attention.py:mine --text corpus/ --size 3M --steps 400 --seeds 3
   python scripts/generate.py "Once upon" --model trained/sdpa-0
 
-Ctrl-C ends; the same command resumes from the latest look at the held-out text."""
+Ctrl-C ends; the same command goes on from the last reading of the held-out text."""
 
 
 def main() -> int:
@@ -40,8 +41,10 @@ def main() -> int:
     args = parse()
     import torch
 
-    from tinyllama.lab.from_scratch import Recipe, byte_tokenizer, findings, shape, train, untrained
+    from tinyllama.lab.findings import findings
+    from tinyllama.lab.from_scratch import Recipe, shape, train, untrained
     from tinyllama.lab.kernel_file import load_kernel
+    from tinyllama.lab.trained import byte_tokenizer, digest
     from tinyllama.text.tokenizer import Tokenizer
 
     kernels = {name: load_kernel(name) for name in args.kernels}
@@ -50,14 +53,14 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be made ({error.strerror})") from error
-    if not (args.out / "tokenizer.json").exists():
-        note(f"learning a vocabulary of {args.vocab} from {len(text):,} characters")
-        byte_tokenizer(text, args.vocab, args.out)
+    note(f"a vocabulary of {args.vocab} from {len(text):,} characters")
+    byte_tokenizer(text, args.vocab, args.out)
     tokenizer = Tokenizer.from_folder(args.out)
     ids = tokenizer.encode(text)
     cut = int(len(ids) * (1 - HELD_OUT))
     config = shape(args.size, tokenizer.vocab_size, args.length)
     recipe = Recipe(
+        text=digest(text),
         steps=args.steps,
         batch=args.batch,
         length=args.length,
@@ -67,7 +70,7 @@ def main() -> int:
         autocast=None if args.dtype == "float32" else args.dtype,
     )
     total = sum(config.parameters.values())
-    note(f"{total:,} parameters, {len(ids):,} tokens of text, {recipe.tokens:,} read by each of them")
+    note(f"{total:,} parameters; the text has {len(ids):,} tokens, and every run reads {recipe.tokens:,}")
     runs: dict[str, list[Run]] = {name: [] for name in kernels}
     for seed in range(args.seeds):
         for name, kernel in kernels.items():
@@ -120,11 +123,8 @@ def show(runs: dict[str, list[Run]], recipe: Recipe, found: list[Finding]) -> No
     if min(map(len, ends.values())) > 1:
         row("± over seeds", lambda own: f"{statistics.stdev(ends[own[0].kernel]):.3f}")
     row("tokens/s", lambda own: f"{statistics.median(run.tokens_per_second for run in own):,.0f}")
-    row("most memory, MB", lambda own: f"{max(run.bytes for run in own) / 1e6:,.0f}")
     TableConsole().print(table)
-    print(
-        "loss of held-out text in nats a token; below each kernel beside the first, by Student's t over seeds"
-    )
+    print("The table has the loss of held-out text, in nats a token. Beside the first kernel:")
     for one in found[1:]:
         print(one)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import tinyllama
@@ -18,7 +19,8 @@ from tinyllama.attention import eager, sdpa
 from tinyllama.checkpoints.load import load_model
 from tinyllama.cli import terminal
 from tinyllama.config import LlamaConfig
-from tinyllama.lab.from_scratch import Recipe, Run, findings, shape, train, untrained
+from tinyllama.lab.findings import findings
+from tinyllama.lab.from_scratch import Recipe, Run, shape, train, untrained
 from tinyllama.lab.kernel_file import load_kernel
 from tinyllama.lab.training import CLIP, Schedule, step, windows
 from tinyllama.parity.reference import reference_model
@@ -102,6 +104,37 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
         last(train(again, "sdpa", sdpa, text, [1, 2], other, 1, tmp_path))
 
 
+def test_a_kill_between_the_checkpoint_and_the_state_changes_nothing(tmp_path):
+    text = two_back(400)
+
+    def last_of(folder):
+        return last(train(untrained(SMALL, 1), "sdpa", sdpa, text, [1, 2, 3], SHORT, 1, folder))
+
+    expected = last_of(None)
+    for run in train(untrained(SMALL, 1), "sdpa", sdpa, text, [1, 2, 3], SHORT, 1, tmp_path):
+        if len(run.losses) == 4:
+            break
+    # The checkpoint of a later look is there, its state is not.
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
+    assert last_of(tmp_path).losses == expected.losses
+
+
+def test_another_experiment_or_a_damaged_state_is_one_line(tmp_path):
+    text = two_back(400)
+    arguments = ("sdpa", sdpa, text, [1, 2, 3], SHORT, 0, tmp_path)
+    last(train(untrained(SMALL, 0), *arguments))
+    wider = replace(SMALL, hidden_size=64)
+    with pytest.raises(tinyllama.InputError, match="was trained in another way"):
+        last(train(untrained(wider, 0), *arguments))
+    for damaged in (b"", b"x" * 100):
+        (tmp_path / "resume.safetensors").write_bytes(damaged)
+        with pytest.raises(tinyllama.InputError, match=r"is no state of train\.py"):
+            last(train(untrained(SMALL, 0), *arguments))
+    for few, held_out in ((text[:16], [1, 2]), (text, [1])):
+        with pytest.raises(tinyllama.InputError, match="give a longer text"):
+            last(train(untrained(SMALL, 0), "sdpa", sdpa, few, held_out, SHORT, 0))
+
+
 def test_attention_learns_what_is_to_be_learnt_and_a_blind_kernel_the_frequencies_alone():
     text, held_out = two_back(20_000), two_back(1_000, seed=1)
     config = replace(SMALL, num_key_value_heads=2)
@@ -143,7 +176,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_by_a_cosine():
 
 
 def a_run(kernel, loss, speed):
-    return Run(kernel, 0, (loss,), ((1, loss),), speed, 0)
+    return Run(kernel, 0, (loss,), ((1, loss),), speed)
 
 
 def test_a_difference_is_paired_by_seed():
@@ -201,3 +234,5 @@ def test_the_script_trains_compares_and_goes_on_where_it_stopped(tmp_path, monke
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(tinyllama.InputError, match="trained with attention"):
         tinyllama.load(str(tmp_path / "out" / "window-size-2-1"), device="cpu")
+    (text / "b.md").write_text("more", "utf-8")
+    assert run() == (2, "")

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import resource
-import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as Trained
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from tinyllama.attention import Kernel
-from tinyllama.checkpoints.files import SINGLE, read_json, replace_file, replace_text
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
-from tinyllama.kernels import kernel_name
 from tinyllama.lab.perplexity import text_nll
-from tinyllama.lab.training import Schedule, moments, restore, step, windows
+from tinyllama.lab.trained import is_begun, keep, resumed
+from tinyllama.lab.training import Schedule, require_window, step, windows
 from tinyllama.model import Llama
 
-END = "<|endoftext|>"
 STD = 0.02
-# Student's t, 97.5%, by degrees of freedom (Student 1908); more seeds than that take the last.
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 TIMED_AFTER = 5  # steps that warm caches up are not timed
 
 
@@ -39,6 +28,7 @@ class Recipe:
     """How a model is trained; the same for all kernels.
 
     Attributes:
+        text: a digest of what is read; another text is another experiment.
         steps: of the optimizer.
         batch: windows in a step.
         length: tokens in a window.
@@ -50,6 +40,7 @@ class Recipe:
         looks: how often the held-out text is read on the way.
     """
 
+    text: str = ""
     steps: int = 400
     batch: int = 8
     length: int = 128
@@ -75,8 +66,7 @@ class Run:
         seed: of the first weights and of the windows.
         losses: of each step, in nats a token.
         held_out: pairs of the steps done and the mean -log p of held-out text then.
-        tokens_per_second: of training, the first steps left out; 0 before there are others.
-        bytes: the most memory that the process has held so far.
+        tokens_per_second: of training; 0 during the first steps, which warm up.
     """
 
     kernel: str
@@ -84,7 +74,6 @@ class Run:
     losses: tuple[float, ...]
     held_out: tuple[tuple[int, float], ...]
     tokens_per_second: float
-    bytes: int
 
 
 def shape(size: int, vocab_size: int, context: int) -> LlamaConfig:
@@ -106,21 +95,6 @@ def shape(size: int, vocab_size: int, context: int) -> LlamaConfig:
         if sum(config.parameters.values()) >= size:
             return config
     raise InputError(f"--size: expected fewer than {sum(config.parameters.values()):,}, got {size:,}")
-
-
-def byte_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer on a text, and write it as a checkpoint keeps it."""
-    trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    trained.train_from_iterator([text], trainer)
-    trained.save(str(folder / "tokenizer.json"))
-    kept = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "add_prefix_space": False}
-    replace_text(folder / "tokenizer_config.json", json.dumps(kept, indent=1) + "\n")
 
 
 def untrained(config: LlamaConfig, seed: int) -> Llama:
@@ -146,7 +120,7 @@ def train(
     seed: int,
     folder: Path | None = None,
 ) -> Iterator[Run]:
-    """Train a model in place, and yield what is known after every step, and at once what was resumed.
+    """Train a model in place; yields what is known after every step, beginning with what was resumed.
 
     Args:
         model: with its first weights.
@@ -156,8 +130,16 @@ def train(
         held_out: ids on which the loss is measured.
         recipe: how.
         seed: of the windows.
-        folder: where the state is kept at each look, and found again; None: nowhere.
+        folder: where the state is kept each time the held-out text is read, and found again; None: nowhere.
+
+    Raises:
+        InputError: a text is too short, the kernel has weights, or the folder belongs to another experiment.
     """
+    require_window(len(text), recipe.length)
+    if len(held_out) < 2:
+        raise InputError(
+            f"text: expected 2 tokens or more to measure on, got {len(held_out)}; give a longer text"
+        )
     if isinstance(kernel, nn.Module) and any(True for _ in kernel.parameters()):
         raise InputError(f"{name}: a kernel with weights cannot be trained from scratch; heal.py trains them")
     model.set_attention(kernel)
@@ -168,9 +150,11 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
     schedule = Schedule(recipe.lr, recipe.steps, recipe.warm_up)
     autocast = None if recipe.autocast is None else getattr(torch, recipe.autocast)
-    run = Run(name, seed, (), (), 0.0, 0)
-    if folder is not None and (folder / STATE).exists():
-        run = _resumed(folder, optimizer, weights, recipe, run)
+    experiment = {"recipe": asdict(recipe), "kernel": name, "seed": seed}
+    run = Run(name, seed, (), (), 0.0)
+    if folder is not None and is_begun(folder):
+        kept = resumed(folder, model, optimizer, experiment)
+        run = Run(name, seed, *kept)
         yield run
     looks = {round(recipe.steps * n / recipe.looks) for n in range(1, recipe.looks + 1)}
     spent, begun = 0.0, len(run.losses)
@@ -187,122 +171,12 @@ def train(
             seen = (*seen, (number + 1, text_nll(model, held_out, recipe.length).mean().item()))
         timed = number + 1 - begun - TIMED_AFTER
         speed = timed * recipe.batch * recipe.length / spent if spent else run.tokens_per_second
-        run = Run(name, seed, (*run.losses, loss), seen, speed, _most_memory())
+        run = Run(name, seed, (*run.losses, loss), seen, speed)
         if folder is not None and number + 1 in looks:
-            _keep(folder, run, recipe, model, weights, moments(optimizer, weights))
+            known = {
+                "losses": run.losses,
+                "held_out": run.held_out,
+                "tokens_per_second": run.tokens_per_second,
+            }
+            keep(folder, model, optimizer, experiment, known)
         yield run
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A kernel beside the first one, at equal tokens.
-
-    Attributes:
-        kernel: its name.
-        loss: mean over seeds of the final held-out loss, in nats a token.
-        worse: by how much its loss is above the first one's, as a share, paired by seed.
-        margin: half of the 95% interval of that, by Student's t; None with one seed.
-        faster: tokens a second over the first one's, less 1.
-    """
-
-    kernel: str
-    loss: float
-    worse: float
-    margin: float | None
-    faster: float
-
-    def __str__(self) -> str:
-        """A verdict in plain words."""
-        share = f"{abs(self.worse):.1%}" + ("" if self.margin is None else f" ± {self.margin:.1%}")
-        if self.margin is not None and abs(self.worse) <= self.margin:
-            learns = f"learns as well, as far as these seeds tell ({self.worse:+.1%} ± {self.margin:.1%})"
-        else:
-            learns = f"learns {share} {'worse' if self.worse > 0 else 'better'} at equal tokens"
-        return f"{self.kernel} {learns}, {abs(self.faster):.0%} {'faster' if self.faster > 0 else 'slower'}"
-
-
-def findings(runs: Mapping[str, Sequence[Run]]) -> list[Finding]:
-    """Every kernel beside the first one; runs by kernel, each in the order of the seeds."""
-    first, *_ = runs.values()
-    found = []
-    for kernel, own in runs.items():
-        shares = [
-            mine.held_out[-1][1] / base.held_out[-1][1] - 1 for mine, base in zip(own, first, strict=True)
-        ]
-        margin = None
-        if len(shares) > 1:
-            t = T975[min(len(shares) - 2, len(T975) - 1)]
-            margin = t * statistics.stdev(shares) / math.sqrt(len(shares))
-        speeds = [statistics.median(run.tokens_per_second for run in some) for some in (own, first)]
-        found.append(
-            Finding(
-                kernel,
-                statistics.mean(run.held_out[-1][1] for run in own),
-                statistics.mean(shares),
-                margin,
-                speeds[0] / speeds[1] - 1 if speeds[1] else 0.0,
-            )
-        )
-    return found
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-STATE = "training.json"  # written last: what it tells of is there
-MEANS = "optimizer.safetensors"
-PLAIN = ("sdpa", "eager")  # of these the checkpoint says nothing: every Llama attends so
-
-
-def _keep(
-    folder: Path,
-    run: Run,
-    recipe: Recipe,
-    model: Llama,
-    weights: Mapping[str, Tensor],
-    means: Mapping[str, Tensor],
-) -> None:
-    """Write a checkpoint folder's files, each by rename, and what resuming needs."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-        **{name: value for name, value in asdict(model.config).items() if value is not None},
-    }
-    name = kernel_name(model.attentions[0].kernel)
-    if name not in PLAIN:
-        config["attention_kernel"] = name
-    named = {
-        key if key.startswith("lm_head") else f"model.{key}": value.detach().contiguous()
-        for key, value in weights.items()
-    }
-    replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    replace_file(folder / SINGLE, lambda part: save_file(named, part, {"format": "pt"}))
-    replace_file(folder / MEANS, lambda part: save_file(dict(means), part))
-    replace_text(folder / STATE, json.dumps({"recipe": asdict(recipe), "run": asdict(run)}) + "\n")
-
-
-def _resumed(
-    folder: Path,
-    optimizer: torch.optim.AdamW,
-    weights: Mapping[str, nn.Parameter],
-    recipe: Recipe,
-    begun: Run,
-) -> Run:
-    """Put everything back as it was at the latest look; raises InputError for another experiment."""
-    kept = read_json(folder / STATE)
-    if kept.get("recipe") != asdict(recipe) or kept["run"]["kernel"] != begun.kernel:
-        raise InputError(f"{folder}: was trained in another way; give another --out, or the same options")
-    saved = load_file(folder / SINGLE)
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(saved[name if name.startswith("lm_head") else f"model.{name}"])
-    run = kept["run"]
-    restore(optimizer, weights, load_file(folder / MEANS), len(run["losses"]))
-    looks = tuple((int(steps), float(loss)) for steps, loss in run["held_out"])
-    return Run(begun.kernel, begun.seed, tuple(run["losses"]), looks, run["tokens_per_second"], run["bytes"])
-
-
-def _most_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

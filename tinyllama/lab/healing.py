@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
-from tinyllama.lab.training import moments, restore, step, windows
+from tinyllama.lab.training import moments, require_window, restore, step, windows
 from tinyllama.model import Llama
 
 
@@ -38,8 +38,8 @@ def heal(
     Raises:
         InputError: the text is shorter than one window, or `start` belongs to another model.
     """
+    require_window(len(ids), settings.length)
     text = torch.tensor(list(ids))
-    windows(text, settings.batch, settings.length, settings.seed, 0)  # refused before anything is changed
     with replace(change, weights=start.weights if start else {}).applied(model):
         weights = trained(model, change)
         own = {name: parameter.data for name, parameter in weights.items()}

@@ -46,17 +46,17 @@ class Schedule:
         return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * way)) / 2)
 
 
-def windows(text: Tensor, batch: int, length: int, seed: int, number: int) -> Tensor:
-    """The windows of a step, (batch, length + 1): each token is to be predicted from those before it.
-
-    Raises:
-        InputError: the text is shorter than one window.
-    """
-    if len(text) <= length:
+def require_window(tokens: int, length: int) -> None:
+    """Raise InputError if a text has not one window of that many tokens and the one after them."""
+    if tokens <= length:
         raise InputError(
-            f"text: expected more than {length} tokens to learn from, got {len(text)}; "
+            f"text: expected more than {length} tokens to learn from, got {tokens}; "
             "give a longer text or a smaller --length"
         )
+
+
+def windows(text: Tensor, batch: int, length: int, seed: int, number: int) -> Tensor:
+    """The windows of a step, (batch, length + 1): each token is to be predicted from those before it."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
     return text[starts + torch.arange(length + 1)]
