@@ -236,3 +236,16 @@ def test_the_script_trains_compares_and_goes_on_where_it_stopped(tmp_path, monke
         tinyllama.load(str(tmp_path / "out" / "window-size-2-1"), device="cpu")
     (text / "b.md").write_text("more", "utf-8")
     assert run() == (2, "")
+
+
+def test_every_step_has_its_learning_rate_and_norms_do_not_decay(monkeypatch):
+    seen = []
+
+    def noting(model, optimizer, rows, **more):
+        seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+        return step(model, optimizer, rows, **more)
+
+    monkeypatch.setattr("tinyllama.lab.from_scratch.step", noting)
+    last(train(untrained(SMALL, 0), "sdpa", sdpa, two_back(100), [1, 2, 3], SHORT, 0))
+    schedule = Schedule(SHORT.lr, SHORT.steps, SHORT.warm_up)
+    assert seen == [[(schedule.at(n), SHORT.decay), (schedule.at(n), 0.0)] for n in range(SHORT.steps)]
