@@ -25,8 +25,6 @@ from tinyllama.progress import note
 if TYPE_CHECKING:
     from tinyllama.text.conversation import Conversation
 
-LENGTHS = ("max_new_tokens", "speculate")  # of the settings, those that do not choose
-
 EXAMPLES = """\
   python scripts/chat.py
   python scripts/chat.py --model smollm2 --system "Answer in one sentence."
@@ -65,8 +63,7 @@ def main() -> int:
         raise InputError("stdin is closed; chat needs a terminal, or lines piped in")
     piped = terminal.piped()
     if not piped:
-        name = args.model or "TinyLlama"
-        note(f"{Path(name).name}, weights {args.weights}, a context of {conversation.context} tokens")
+        note(f"{tokenizer.name}, weights {args.weights}, a context of {conversation.context} tokens")
         note(f"{in_words(settings)}; /help lists the commands, Ctrl-D leaves")
     for line in piped_lines() if piped else typed_lines():
         try:
@@ -206,15 +203,18 @@ def change(settings: dict[str, Any], name: str = "", value: str = "") -> None:
         raise InputError(f"/set {name}: expected {wanted}, got {value!r:.40}") from error
     if kind is int and new is not None and not 0 <= new < 2**64:
         raise InputError(f"/set {name}: expected 0 to 2^64 - 1, got {value}")
-    sampler = {key: one for key, one in (settings | {name: new}).items() if key not in LENGTHS}
-    tinyllama.Sampler(**sampler)  # refuses what no distribution belongs to
+    changed = settings | {name: new}
+    tinyllama.Sampler(
+        **{key: changed[key] for key in vars(tinyllama.Sampler())}
+    )  # refuses what it cannot use
     settings[name] = new
 
 
 def in_words(settings: dict[str, Any]) -> str:
     """The settings in one line, those that do nothing left out."""
-    plain = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": None, "speculate": 0}
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if plain.get(name, ...) != value)
+    idle = {**vars(tinyllama.Sampler()), "speculate": 0}
+    del idle["temperature"]  # 0 is greedy, which is worth saying
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if idle.get(name, ...) != value)
 
 
 def show_stats(conversation: Conversation) -> None:

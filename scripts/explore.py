@@ -46,7 +46,7 @@ def main() -> int:
     ids = tokenizer.chat(options.chat_messages(args)) if args.chat else tokenizer.encode(args.prompt)
     with progress_line() as done:
         done("reading the text")
-        session = Session(model, tokenizer, ids, args.model or "TinyLlama", kernels)
+        session = Session(model, tokenizer, ids, tokenizer.name, kernels)
     if args.text:
         from tinyllama.explorer.terminal import show
 

@@ -101,11 +101,16 @@ class Tokenizer:
         """
         return cls(TokenizerFiles.read(Path(folder)))
 
+    @property
+    def name(self) -> str:
+        """Of its folder, which has the model's name."""
+        return self._folder.name
+
     def __repr__(self) -> str:
         """What a reader wants to know first: `print(tokenizer)`."""
         special = {name.removesuffix("_token"): (text, self._ids[text]) for name, text in self._names.items()}
         return (
-            f"Tokenizer({self._folder.name}, vocab_size={self.vocab_size}, special={special}, "
+            f"Tokenizer({self.name}, vocab_size={self.vocab_size}, special={special}, "
             f"adds_bos={self._adds_bos}, chat_template={'yes' if self.chat_template else 'no'})"
         )
 
