@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import tinyllama.model
 from tests.shapes import some_ids, tiny_model
+from tinyllama.parity.changed import changed
 from tinyllama.parity.gradients import compare_gradients
-from tinyllama.parity.mutations import changed
 
 IDS = some_ids(1, 64)[0].tolist()
 

@@ -11,8 +11,9 @@ from tests.shapes import ROPE_SCALINGS, some_ids, tiny_model
 from tinyllama.attention import eager
 from tinyllama.kernels import KERNELS
 from tinyllama.parity import bisect, oracle_logits
+from tinyllama.parity.changed import changed
 from tinyllama.parity.comparison import REFERENCES, kernel_run, reference_run
-from tinyllama.parity.mutations import MUTATIONS, changed
+from tinyllama.parity.mutations import MUTATIONS
 from tinyllama.parity.reference import config_fields
 from tinyllama.parity.scene import Scene, relative_error
 from tinyllama.parity.suspects import formulas, suspect

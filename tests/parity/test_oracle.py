@@ -8,7 +8,7 @@ from transformers.models.llama import modeling_llama
 
 from tests.shapes import LLAMA3_SCALING, some_ids, tiny_model
 from tinyllama.parity import difference, oracle_logits
-from tinyllama.parity.mutations import changed
+from tinyllama.parity.changed import changed
 from tinyllama.parity.reference import config_fields, reference_model
 from tinyllama.parity.trace import operations, our_trace, stages
 

@@ -14,10 +14,11 @@ from tinyllama.fast.claims import Claim
 from tinyllama.kernels import KERNELS
 from tinyllama.pages import plain
 from tinyllama.parity import suite
+from tinyllama.parity.changed import changed
 from tinyllama.parity.continuations import Continuations, IdFlip
 from tinyllama.parity.gradients import Gradients, WeightGradient
 from tinyllama.parity.measure import Limits
-from tinyllama.parity.mutations import MUTATIONS, Mutation, changed
+from tinyllama.parity.mutations import MUTATIONS, Mutation
 from tinyllama.parity.notebook import Notebook
 from tinyllama.parity.report import Case, Report, Row
 from tinyllama.parity.subjects import DTYPES, Extent, Shape

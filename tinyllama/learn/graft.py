@@ -10,15 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tinyllama.attention
 from tinyllama.attention import AttentionContext, AttentionMask
 from tinyllama.cache import KVCache
+from tinyllama.config import LlamaConfig
 from tinyllama.learn import ours
 from tinyllama.learn.judge import Function, TimeIsUp, as_tensor, time_limit, using
 from tinyllama.learn.mistakes import sub
 from tinyllama.model import MLP, Llama, RMSNorm
+from tinyllama.parity.changed import changed
 
 PROMPT = "Once upon a time, in a small village by the sea, there lived"
 TOKENS = 24
@@ -100,85 +102,106 @@ def _next_logits(model: Llama, functions: Mapping[str, Function]) -> Callable[[l
 
 @contextmanager
 def grafted(model: Llama, functions: Mapping[str, Function]) -> Iterator[None]:
-    """Let the model compute with these functions of embedding, norm, RoPE, attention, MLP and block."""
-    config = model.config
-    seen: dict[str, Tensor] = {}  # the positions of the pass that runs
-    changes: list[tuple[Any, str, Any]] = []
-
-    def change(module: nn.Module, forward: Callable[..., Any]) -> None:
-        changes.append((module, "forward", forward))
-
-    def rows(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.stack([as_tensor(function(row)).to(row.dtype) for row in x])
-
-    if f := functions.get("embedding"):
-        table = model.embed_tokens.weight
-
-        def embed(ids: Tensor, f: Function = f) -> Tensor:
-            return torch.stack([as_tensor(f(row, table)).to(table.dtype) for row in ids])
-
-        change(model.embed_tokens, embed)
-    if f := functions.get("frequencies"):
-        speeds = as_tensor(f(config.head_dim, config.rope_theta)).float()
-        changes.append((model.rotary, "frequencies", lambda dtype, device: speeds.to(dtype)))
-    if f := functions.get("rope"):
-        before = model.rotary.forward
-
-        def note(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            seen["positions"] = positions
-            return before(positions, dtype)
-
-        def rotate(x: Tensor, cos: Tensor, sin: Tensor, f: Function = f) -> Tensor:
-            speeds = model.rotary.frequencies(torch.float32, x.device)
-            turned = [as_tensor(f(*one, speeds)) for one in zip(x, seen["positions"], strict=True)]
-            return torch.stack(turned).to(x.dtype)
-
-        change(model.rotary, note)
-        changes.append((tinyllama.attention, "rotate", rotate))
-    if f := functions.get("attention"):
-
-        def kernel(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, f: Function = f) -> Tensor:
-            return torch.stack([as_tensor(f(*one)) for one in zip(q, k, v, strict=True)]).to(q.dtype)
-
-        changes += [(attention, "kernel", kernel) for attention in model.attentions]
-    for module in model.modules():
-        if isinstance(module, RMSNorm) and (f := functions.get("rms_norm")):
-            change(module, rows(partial(_norm, f, module)))
-        if isinstance(module, MLP) and (f := functions.get("swiglu")):
-            change(module, rows(partial(_mlp, f, module)))
-    if f := functions.get("block"):
-        for n, layer in enumerate(model.layers):
-            weights = sub(model.state_dict(), f"layers.{n}.")
-
-            def block(
-                x: Tensor, _rotation: Any, mask: AttentionMask, cache: KVCache, f: Function = f, n: int = n,
-                weights: Mapping[str, Tensor] = weights,
-            ) -> Tensor:  # fmt: skip
-                def remember(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                    keys, values = cache.write(n, mask, k[None], v[None])
-                    return keys[0], values[0]
-
-                return as_tensor(f(x[0], weights, config, mask.query_positions[0], remember))[None].to(
-                    x.dtype
-                )
-
-            change(layer, block)
-    before_values = [(thing, name, vars(thing).get(name)) for thing, name, _ in changes]
-    try:
-        for thing, name, value in changes:
-            setattr(thing, name, value)
+    """Let the model compute with these functions, of the steps up to `block`, while the block runs."""
+    grafts = [
+        graft
+        for step, function in functions.items()
+        if step in GRAFTS
+        for graft in GRAFTS[step](model, function)
+    ]
+    with changed(*grafts):
         yield
-    finally:
-        for thing, name, old in before_values:
-            if old is None:
-                delattr(thing, name)
-            else:
-                setattr(thing, name, old)
 
 
-def _norm(function: Function, module: RMSNorm, x: Tensor) -> Any:
-    return function(x, module.weight, module.eps)
+# A graft is a change of an attribute: the object, the name, the value while the learner's function is used.
+Grafts = Iterator[tuple[Any, str, Any]]
 
 
-def _mlp(function: Function, module: MLP, x: Tensor) -> Any:
-    return function(x, module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
+def _by_row(function: Function, dtype: torch.dtype, *rest: Any) -> Callable[[Tensor], Tensor]:
+    """A function of one text, and of what else it is given, as a function of a batch of texts."""
+    return lambda batch: torch.stack([as_tensor(function(row, *rest)).to(dtype) for row in batch])
+
+
+def _embedding(model: Llama, function: Function) -> Grafts:
+    table = model.embed_tokens.weight
+    yield model.embed_tokens, "forward", _by_row(function, table.dtype, table)
+
+
+def _rms_norm(model: Llama, function: Function) -> Grafts:
+    for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+        yield norm, "forward", _by_row(function, norm.weight.dtype, norm.weight, norm.eps)
+
+
+def _frequencies(model: Llama, function: Function) -> Grafts:
+    speeds = as_tensor(function(model.config.head_dim, model.config.rope_theta))
+    yield model.rotary, "frequencies", lambda dtype, device: speeds.to(dtype)
+
+
+def _rope(model: Llama, function: Function) -> Grafts:
+    rotary, positions_of = model.rotary.forward, dict[str, Tensor]()
+
+    # The model's rotate is given cos and sin, the learner's function positions: they are noted on the way.
+    def noting(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        positions_of["this pass"] = positions
+        return rotary(positions, dtype)
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        speeds = model.rotary.frequencies(torch.float32, x.device)
+        rows = zip(x, positions_of["this pass"], strict=True)
+        return torch.stack(
+            [as_tensor(function(row, positions, speeds)).to(x.dtype) for row, positions in rows]
+        )
+
+    yield model.rotary, "forward", noting
+    yield tinyllama.attention, "rotate", rotate
+
+
+def _attention(model: Llama, function: Function) -> Grafts:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        return torch.stack([as_tensor(function(*row)).to(q.dtype) for row in zip(q, k, v, strict=True)])
+
+    for attention in model.attentions:
+        yield attention, "kernel", kernel
+
+
+def _swiglu(model: Llama, function: Function) -> Grafts:
+    for mlp in (module for module in model.modules() if isinstance(module, MLP)):
+        gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        yield mlp, "forward", _by_row(function, gate.dtype, gate, up, down)
+
+
+def _block(model: Llama, function: Function) -> Grafts:
+    for n, layer in enumerate(model.layers):
+        weights = sub(model.state_dict(), f"layers.{n}.")
+        yield layer, "forward", partial(_run_block, function, weights, model.config, n)
+
+
+def _run_block(
+    function: Function,
+    weights: Mapping[str, Tensor],
+    config: LlamaConfig,
+    layer: int,
+    x: Tensor,
+    _rotation: tuple[Tensor, Tensor],
+    mask: AttentionMask,
+    cache: KVCache,
+) -> Tensor:
+    """A learner's block in the place of one of the model's, for one text."""
+
+    def remember(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = cache.write(layer, mask, k[None], v[None])
+        return keys[0], values[0]
+
+    y = function(x[0], weights, config, mask.query_positions[0], remember)
+    return as_tensor(y)[None].to(x.dtype)
+
+
+GRAFTS: dict[str, Callable[[Llama, Function], Grafts]] = {
+    "embedding": _embedding,
+    "rms_norm": _rms_norm,
+    "frequencies": _frequencies,
+    "rope": _rope,
+    "attention": _attention,
+    "swiglu": _swiglu,
+    "block": _block,
+}

@@ -125,9 +125,8 @@ def _try(step: str, function: Function, case: Case) -> None:
     if value.shape != expected.shape:
         shapes = f"{with_case}shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
         raise _WrongError(shapes, _other_shape(value.double(), expected, case))
-    if not value.dtype.is_floating_point and expected.dtype.is_floating_point and step != "embedding":
+    if not value.dtype.is_floating_point:
         raise _WrongError(f"{with_case}numbers of {value.dtype}, expected floating point")
-    # A learner's own mistakes are made in float32: NaN there is compared as it is.
     error = relative_error(value.double(), expected)
     if error > LIMIT:
         raise _WrongError(with_case + first_difference(value.double(), expected), _named(value, case))
@@ -308,11 +307,12 @@ def using(function: Function, functions: Mapping[str, Function], but: str) -> It
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeIsUp in this thread if the block takes longer; again each second, should it be caught."""
     thread, done = threading.get_ident(), threading.Event()
+    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
     def end() -> None:
         wait = seconds
         while not done.wait(wait):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeIsUp))
+            raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(TimeIsUp))
             wait = 1.0
 
     timer = threading.Thread(target=end, daemon=True)
@@ -322,6 +322,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         done.set()
         timer.join()
+        raise_in_thread(ctypes.c_ulong(thread), None)  # what was raised too late is not to arrive outside
 
 
 def place(error: BaseException, function: Function) -> str:

@@ -65,25 +65,34 @@ def rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Suspects:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Suspects:
-    """Of queries that follow cached tokens, T < S."""
+    """Of attention, whether or not the queries follow cached tokens (T < S)."""
     (H, T, D), (K, S, _) = q.shape, k.shape
-    keys, values = k.repeat_interleave(H // K, 0), v.repeat_interleave(H // K, 0)
-    scores = q @ keys.transpose(1, 2) / math.sqrt(D)
+    repeated, tiled, first = k.repeat_interleave(H // K, 0), k.repeat(H // K, 1, 1), k[:1]
+    scores = q @ repeated.mT / math.sqrt(D)
+    values = v.repeat_interleave(H // K, 0)
+    visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)
 
-    def seen(visible: Tensor, keys: Tensor = scores, values: Tensor = values) -> Tensor:
-        return keys.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num() @ values
+    def seen(visible: Tensor = visible, scores: Tensor = scores, values: Tensor = values) -> Tensor:
+        return scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num() @ values
 
-    right = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    yield "", seen(right)
+    yield "", seen()
     upper_left = torch.ones(T, S, dtype=torch.bool).tril()
     yield "the mask begins at the first key, but the queries are those of the last T tokens", seen(upper_left)
-    yield "nothing is masked: a token sees the future", seen(torch.ones_like(right))
-    yield "a query sees the new tokens alone, not the cached ones", seen(right.triu(S - T))
-    yield "the newest tokens are not seen", seen(right.tril(S - T - 1))
-    tiled, shared = k.repeat(H // K, 1, 1), v.repeat(H // K, 1, 1)
-    wrong = q @ tiled.transpose(1, 2) / math.sqrt(D)
-    yield "KV heads are tiled (query head h reads KV head h mod K), not repeated", seen(right, wrong, shared)
-    yield "every query head reads the first KV head", seen(right, q @ k[:1].mT / math.sqrt(D), v[:1])
+    yield "nothing is masked: a token sees the future", seen(torch.ones_like(visible))
+    yield "a query sees the new tokens alone, not the cached ones", seen(visible.triu(S - T))
+    yield "the newest tokens are not seen", seen(visible.tril(S - T - 1))
+    by_tiles = q @ tiled.mT / math.sqrt(D)
+    in_tiles = v.repeat(H // K, 1, 1)
+    yield (
+        "KV heads are tiled (query head h reads KV head h mod K), not repeated",
+        seen(visible, by_tiles, in_tiles),
+    )
+    yield "every query head reads the first KV head", seen(visible, q @ first.mT / math.sqrt(D), v[:1])
+    over_queries = scores.masked_fill(~visible, -math.inf).softmax(-2).nan_to_num()
+    yield "softmax runs over the queries, not over the keys", over_queries @ values
+    yield "softmax is left out", scores.masked_fill(~visible, 0) @ values
+    yield "the mask comes after softmax: rows no longer sum to 1", scores.softmax(-1) * visible @ values
+    yield "masked scores are 0, not -inf", scores.masked_fill(~visible, 0).softmax(-1) @ values
 
 
 def swiglu(product: Suspects, down: Tensor) -> Suspects:
@@ -125,7 +134,7 @@ def layer(
     def norm(name: str, x: Tensor) -> Tensor:
         return ours.rms_norm(x, w[f"{name}.weight"], config.rms_norm_eps) if name else x
 
-    (_, speeds), *_ = frequencies(config.head_dim, config.rope_theta)
+    speeds = next(frequencies(config.head_dim, config.rope_theta))[1]
     h = norm(norms[0], x)
     q, k, v = (
         (h @ w[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)

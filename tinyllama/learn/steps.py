@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -43,8 +43,17 @@ class Case:
     @property
     def expected(self) -> Tensor:
         """The right value."""
-        (_, right), *_ = self.formulas(torch.zeros(()))
-        return right
+        return right(self.formulas(torch.zeros(())))
+
+
+def right(suspects: Suspects) -> Tensor:
+    """The first of them, which is the right value; the others are not computed."""
+    return next(suspects)[1]
+
+
+def wrong(suspects: Suspects) -> Suspects:
+    """Those after the first, which is the right value."""
+    return islice(suspects, 1, None)
 
 
 @dataclass(frozen=True)
@@ -165,18 +174,14 @@ def _frequencies() -> list[Case]:
 def _rope() -> list[Case]:
     one, D = lesson(), lesson().config.head_dim
     q = one.input("layers.1.self_attn.q_proj").unflatten(-1, (-1, D)).transpose(0, 1).contiguous()
-    (_, speeds), *_ = mistakes.frequencies(D, one.config.rope_theta)
+    speeds = right(mistakes.frequencies(D, one.config.rope_theta))
     here, later = torch.arange(len(IDS)), torch.arange(len(IDS)) + 7
     speed = speeds.float()
 
     def formulas(observed: Tensor) -> Suspects:
         address = "layers.1.self_attn.q_rot"
         scene = one.scene(address, observed, self_attn__q_proj=one.input("layers.1.self_attn.q_proj"))
-        return (
-            attention_mistakes.rope(scene)
-            if observed.dim() == 3
-            else iter([next(attention_mistakes.rope(scene))])
-        )
+        return attention_mistakes.rope(scene)
 
     def going_on(observed: Tensor) -> Suspects:
         return mistakes.rope(q.double(), later, speed.double())
@@ -196,7 +201,6 @@ def _attention() -> list[Case]:
     one, D = lesson(), lesson().config.head_dim
     q, k = one.input("layers.1.self_attn.q_rot"), one.input("layers.1.self_attn.k_rot")
     v = one.input("layers.1.self_attn.v_proj").unflatten(-1, (-1, D)).transpose(0, 1).contiguous()
-    H, T, _ = q.shape
 
     def formulas(observed: Tensor) -> Suspects:
         scene = one.scene(
@@ -206,36 +210,20 @@ def _attention() -> list[Case]:
             self_attn__k_rot=k,
             self_attn__v_proj=one.input("layers.1.self_attn.v_proj"),
         )
-        yield from attention_mistakes.attended(scene)
-        keys, values = (x.double().repeat_interleave(H // len(k), 0) for x in (k, v))
-        scores = q.double() @ keys.mT / D**0.5
-        hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
-        masked = scores.masked_fill(hidden, -torch.inf)
-        yield "softmax runs over the queries, not over the keys", masked.softmax(1).nan_to_num() @ values
-        yield "softmax is left out", scores.masked_fill(hidden, 0) @ values
-        yield "the mask comes after softmax: rows no longer sum to 1", scores.softmax(-1).tril() @ values
-        yield "masked scores are 0, not -inf", scores.masked_fill(hidden, 0).softmax(-1) @ values
-        yield "every query head reads the first KV head", mistakes_first(masked=hidden) @ v[:1].double()
-
-    def mistakes_first(masked: Tensor) -> Tensor:
-        return (q.double() @ k[:1].double().mT / D**0.5).masked_fill(masked, -torch.inf).softmax(-1)
+        return chain(
+            attention_mistakes.attended(scene), wrong(mistakes.attention(q.double(), k.double(), v.double()))
+        )
 
     def going_on(observed: Tensor) -> Suspects:
         return mistakes.attention(q[:, -2:].double(), k.double(), v.double())
 
     def shapes() -> Suspects:
-        (_, z), *_ = formulas(torch.zeros(()))
+        z = right(formulas(torch.zeros(())))
         yield "heads are merged already: (T, H*D)", z.transpose(0, 1).flatten(1)
         yield "heads and tokens are exchanged: (T, H, D)", z.transpose(0, 1)
-        keys = k.double().repeat_interleave(H // len(k), 0)
-        yield (
-            "the pattern is returned, not yet multiplied with the values",
-            (
-                (q.double() @ keys.mT / D**0.5)
-                .masked_fill(~torch.ones(T, T).bool().tril(), -torch.inf)
-                .softmax(-1)
-            ),
-        )
+        identity = torch.eye(q.shape[1]).double().expand(len(k), -1, -1)
+        pattern = right(mistakes.attention(q.double(), k.double(), identity))
+        yield "the pattern is returned, not yet multiplied with the values", pattern
 
     return [
         Case("six tokens", (q, k, v), formulas, shapes),
@@ -280,7 +268,7 @@ def _block() -> list[Case]:
         seen = {"input": x, "self_attn__o_proj": attended, "mlp__down_proj": mlp}
         nothing = tuple(t[:, :0].double() for t in past)
         more = mistakes.block(x.double(), double, one.config, here, nothing)  # type: ignore[arg-type]
-        return chain(known.block(one.scene("layers.1", observed, **seen)), list(more)[1:])
+        return chain(known.block(one.scene("layers.1", observed, **seen)), wrong(more))
 
     def going_on(observed: Tensor) -> Suspects:
         before = past[0].double(), past[1].double()
@@ -299,7 +287,7 @@ def _llama() -> list[Case]:
         return mistakes.llama(ids, one.double(), one.config)
 
     def shapes() -> Suspects:
-        (_, logits), *_ = formulas(torch.zeros(()))
+        logits = right(formulas(torch.zeros(())))
         yield "the logits of the last token alone are returned", logits[-1]
         yield "the logits of the last token alone are returned", logits[-1:]
         for name, value in zip(("", " before the norm"), _streams(one, ids), strict=True):
@@ -318,7 +306,7 @@ def _decode() -> list[Case]:
     one, calls = lesson(), torch.tensor(IDS).split(CALLS)
 
     def shapes() -> Suspects:
-        (_, logits), *_ = formulas(torch.zeros(()))
+        logits = right(formulas(torch.zeros(())))
         ends = [sum(CALLS[: n + 1]) - 1 for n in range(len(CALLS))]
         yield "the logits of the last token of each call alone are returned", logits[ends]
 

@@ -7,7 +7,7 @@ positions that start at 1, is harmless, because RoPE makes attention depend on d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ import tinyllama.attention
 import tinyllama.model
 from tinyllama.attention import AttentionContext, AttentionMask, Kernel, eager
 from tinyllama.model import MLP, Llama, RMSNorm
+from tinyllama.parity.changed import changed
 from tinyllama.parity.divergence import bisect
 from tinyllama.parity.fixture import LENGTH, fixture, random_ids
 from tinyllama.parity.measure import difference, judge
@@ -100,19 +101,6 @@ def try_mutations(mutations: Sequence[Mutation]) -> Iterator[Trial]:
             suspect=suspect,
             right=passed == harmless and (address, suspect) == (mutation.address, mutation.suspect),
         )
-
-
-@contextmanager
-def changed(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Set attributes of objects, given as (object, name, value), and set them back afterwards."""
-    before = [(thing, name, vars(thing).get(name, getattr(thing, name))) for thing, name, _ in changes]
-    try:
-        for thing, name, value in changes:
-            setattr(thing, name, value)
-        yield
-    finally:
-        for thing, name, value in before:
-            setattr(thing, name, value)
 
 
 def _patch(thing: Any, name: str, value: Any) -> Callable[[Llama], Planted]:
