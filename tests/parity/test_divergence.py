@@ -261,7 +261,11 @@ def test_wrong_values_in_a_layer_whose_output_is_not_given_are_found():
 
 def test_what_cannot_be_compared_is_refused():
     right = tiny_model()
-    for given, says in (({}, "nothing could be compared"), ({"layer.3": None}, "did you mean layers.3?")):
+    for given, says in (
+        ({}, "nothing could be compared"),
+        ({"layers.0.self_attn.scores": None}, "nothing could be compared"),
+        ({"layer.3": None}, "did you mean 'layers.3'?"),
+    ):
         with pytest.raises(tinyllama.InputError, match=says) as refused:
             search(lambda ids, at, given=given: given, right)
         assert "layers.0 to layers.3, norm, lm_head" in str(refused.value)

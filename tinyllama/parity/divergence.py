@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from tinyllama.advice import did_you_mean
 from tinyllama.errors import InputError
 from tinyllama.parity.measure import CEILING
 from tinyllama.parity.oracle import oracle_logits
@@ -115,17 +115,17 @@ def bisect(
         oracle_logits(config, weights, ids, trace)
         return trace
 
-    def values(addresses: list[str]) -> _Values:
-        true, ours, *theirs = (
-            {address: _masked(address, value) for address, value in one(ids, addresses).items()}
-            for one in (truth or oracle, run, *references)
-        )
-        return _Values(true, ours, theirs, right.dtype)
+    def values(addresses: Sequence[str], ours: Trace) -> _Values:
+        traces = (one(ids, addresses) for one in (truth or oracle, *references))
+        true, *theirs = map(_masked, traces)
+        return _Values(true, _masked(ours), theirs, right.dtype)
 
     blocks = stages(right.config.num_hidden_layers)
-    compared = _given(run, ids, blocks)
-    outer = values(compared)
-    path = outer.path(compared)
+    given = _given(run, ids, blocks)
+    outer = values(list(given), given)
+    path = outer.path(list(given))
+    if not path:
+        raise InputError(f"nothing could be compared: no value was given. {_understood(blocks)}")
     if path[-1].relative <= path[-1].limit:
         return None
     stage = path[-1].address
@@ -134,7 +134,7 @@ def bisect(
     inside = [stage]
     if block.startswith("layers.") and outer.ours[stage] is not None:
         inside = [*operations(int(block.removeprefix("layers."))), block]
-    inner = values([*before, *inside])
+    inner = values([*before, *inside], run(ids, [*before, *inside]))
     path += inner.path(inside)
     address = path[-1].address
     # What went into the layer, or into an operation outside the layers, is "input".
@@ -146,8 +146,8 @@ def bisect(
     return inner.divergence(path, Scene(address, seen, config, weights, ids))
 
 
-def _given(run: Run, ids: Sequence[int], blocks: list[str]) -> list[str]:
-    """The addresses to begin with, in order: the blocks, and the operations of those that are not given."""
+def _given(run: Run, ids: Sequence[int], blocks: list[str]) -> Trace:
+    """The values to begin with, in order: of blocks, or of the operations of a block that is not given."""
     first = run(ids, blocks)
     hidden = {at for at in blocks if at.startswith("layers.") and at not in first}
     inside = {at: operations(int(at.removeprefix("layers."))) for at in blocks if at.startswith("layers.")}
@@ -155,14 +155,11 @@ def _given(run: Run, ids: Sequence[int], blocks: list[str]) -> list[str]:
     known = {*blocks, *(name for names in inside.values() for name in names)}
     for address in (*first, *second):
         if address not in known:
-            near = difflib.get_close_matches(address, known, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(address, known)
             raise InputError(f"{address!r:.80} is no address that is compared{meant} {_understood(blocks)}")
     wanted = [name for at in blocks for name in ((*inside[at], at) if at in hidden else (at,))]
-    given = [address for address in wanted if address in first or address in second]
-    if not given:
-        raise InputError(f"nothing could be compared: no value was given. {_understood(blocks)}")
-    return given
+    both = {**second, **first}
+    return {address: both[address] for address in wanted if address in both}
 
 
 def _understood(blocks: list[str]) -> str:
@@ -240,11 +237,14 @@ class _Values:
         )
 
 
-def _masked(address: str, value: Tensor | None) -> Tensor | None:
-    """The value; scores with -inf for whatever low number masks them."""
-    if value is None or not address.endswith(".scores"):
-        return value
-    return value.masked_fill(value < MASKED, -math.inf)
+def _masked(trace: Trace) -> Trace:
+    """The values; scores with -inf for whatever low number masks them."""
+    return {
+        address: value.masked_fill(value < MASKED, -math.inf)
+        if value is not None and address.endswith(".scores")
+        else value
+        for address, value in trace.items()
+    }
 
 
 def _largest_error(got: Tensor, expected: Tensor) -> tuple[int, ...]:
