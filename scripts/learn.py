@@ -2,7 +2,7 @@
 
 `start` writes a file with the functions to fill in. `check` says which are right, names the mistake in the
 others where it is a well-known one, and puts the right ones into a trained model, which then writes. `hint`
-shows one hint more each time it is asked.
+shows one more hint each time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def start(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Judge the file's functions, and keep what is right in mind."""
+    """Judge the file's functions, and note in its progress file which are right."""
     import tinyllama
     from tinyllama.learn.course import Progress, read
     from tinyllama.learn.judge import STEPS

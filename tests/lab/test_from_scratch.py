@@ -128,7 +128,7 @@ def test_another_experiment_or_a_damaged_state_is_one_line(tmp_path):
         last(train(untrained(wider, 0), *arguments))
     for damaged in (b"", b"x" * 100):
         (tmp_path / "resume.safetensors").write_bytes(damaged)
-        with pytest.raises(tinyllama.InputError, match=r"is no state of train\.py"):
+        with pytest.raises(tinyllama.InputError, match=r"is not a state that train\.py wrote"):
             last(train(untrained(SMALL, 0), *arguments))
     for few, held_out in ((text[:16], [1, 2]), (text, [1])):
         with pytest.raises(tinyllama.InputError, match="give a longer text"):

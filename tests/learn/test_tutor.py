@@ -83,7 +83,7 @@ def words(x, weight, eps):
         (fails, "`return x / weight[:3]`: RuntimeError: The size of tensor a (64)"),
         (endless, "still busy after 0.5 s: line "),
         (crossed, "cannot be multiplied (6x64 and 6x6); a matrix is kept as (out, in), so x @ W.T"),
-        (in_place, "it changes what it is given"),
+        (in_place, "it changes one of its arguments"),
         (batched, "there is a batch axis"),
         (low, "it computes in float16"),
         (words, "expected numbers, got str"),

@@ -135,8 +135,9 @@ def patched_in(part: str, layer: int, head: int, token: int, other: Recording, a
         "    logits = model(torch.tensor([ids]))"
     )
     which = {"layer": f"layer {layer}", "head": f"head {head} of layer {layer}"}
+    which |= {"attention": f"layer {layer}'s attention", "mlp": f"layer {layer}'s MLP"}
     return Fork(
-        f"{which.get(part, f'layer {layer}, {part},')} at token {token} from token {at} of {text!r:.40}",
+        f"{which[part]} at token {token} from token {at} of {text!r:.40}",
         python,
         {address: put},
     )

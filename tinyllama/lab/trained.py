@@ -30,7 +30,7 @@ PLAIN = ("sdpa", "eager")  # the attention of every Llama, of which a checkpoint
 
 
 def digest(text: str) -> str:
-    """By which a text is known again."""
+    """A short name for exactly this text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -120,7 +120,7 @@ def resumed(
         speed = float(known["tokens_per_second"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: is no state of train.py ({one_line(error)}); remove it to begin anew"
+            f"{path}: is not a state that train.py wrote ({one_line(error)}); remove it to begin anew"
         ) from error
     # JSON has lists for tuples.
     shapes = {name: tuple(value.shape) for name, value in weights.items()}

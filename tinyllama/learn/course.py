@@ -45,7 +45,7 @@ class Progress:
 
     @staticmethod
     def of(path: Path) -> Progress:
-        """That of a learner's file."""
+        """Read the progress that is kept beside a learner's file."""
         place = Progress.place(path)
         if not place.exists():
             return Progress([], {})
@@ -55,15 +55,17 @@ class Progress:
                 [str(one) for one in values["right"]], {str(k): int(n) for k, n in values["hints"].items()}
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{place}: is no progress of learn.py; remove it to begin anew") from error
+            raise InputError(
+                f"{place}: is not a file that learn.py wrote; remove it to begin anew"
+            ) from error
 
     @staticmethod
     def place(path: Path) -> Path:
-        """Where it is kept."""
+        """The file that keeps the progress of a learner's file."""
         return path.with_name(f"{path.stem}.progress.json")
 
     def save(self, path: Path) -> None:
-        """Keep it."""
+        """Write the progress to its file."""
         replace_text(self.place(path), json.dumps(asdict(self), indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Hints for each step, one more each time: where to begin, what to watch, and the formula, never the code."""
+"""Hints for each step. The first says where to begin, the last is the formula; none is code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ HINTS: dict[str, tuple[str, ...]] = {
         "logits = lm_head rms_norm(block_L-1( ... block_0(embedding(ids))))",
     ),
     "decode": (
-        "It is `llama`, with positions that go on and a `remember` that does remember.",
+        "It is `llama` with two changes: positions continue, and `remember` keeps what it is given.",
         "How many tokens are in the cache already says where the positions begin.",
         "Each layer has keys and values of its own: put the new ones behind the old ones along the tokens.",
         "keys[l] = concat(keys[l], k),  values[l] = concat(values[l], v),  positions = n, n + 1, ...",

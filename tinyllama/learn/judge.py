@@ -23,7 +23,7 @@ from tinyllama.parity.suspects import explained
 
 LIMIT = CEILING[torch.float32]  # on the relRMS of a value; a right one has 1e-7 to 1e-6
 SECONDS = 60.0  # that one function may take
-SAME = 1e-3  # relRMS at which a value of another shape is what a mistake gives
+SAME = 1e-3  # a value of another shape with at most this relRMS is explained by the mistake
 SETTINGS: tuple[tuple[float, int, float], ...] = (
     (0, 0, 1),
     (1, 0, 1),
@@ -119,7 +119,9 @@ def _try(step: str, function: Function, case: Case) -> None:
     value = as_tensor(got)
     for one, before in zip((one for one in case.arguments if not callable(one)), given, strict=True):
         if changed(one, before):
-            raise _WrongError("it changes what it is given, and others still need that: work on a copy")
+            raise _WrongError(
+                "it changes one of its arguments, which other functions still need: work on a copy"
+            )
     expected = case.expected
     with_case = f"with {case.says}: "
     if value.shape != expected.shape:
