@@ -308,13 +308,16 @@ def using(function: Function, functions: Mapping[str, Function], but: str) -> It
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeIsUp in this thread if the block takes longer; again each second, should it be caught."""
-    thread, done = threading.get_ident(), threading.Event()
-    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    thread, done, lock = threading.get_ident(), threading.Event(), threading.Lock()
 
     def end() -> None:
         wait = seconds
         while not done.wait(wait):
-            raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(TimeIsUp))
+            with lock:  # once the block is left, nothing is raised any more
+                if not done.is_set():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread), ctypes.py_object(TimeIsUp)
+                    )
             wait = 1.0
 
     timer = threading.Thread(target=end, daemon=True)
@@ -322,9 +325,9 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        with lock:
+            done.set()
         timer.join()
-        raise_in_thread(ctypes.c_ulong(thread), None)  # what was raised too late is not to arrive outside
 
 
 def place(error: BaseException, function: Function) -> str:
