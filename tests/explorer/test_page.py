@@ -177,6 +177,7 @@ def test_forks_are_made_and_compared_in_the_page(browser, session, port):
         settle(page)
         page.locator("#forks").scroll_into_view_if_needed()
         page.select_option("#fork select[name=kind]", "group")
+        assert not page.is_visible("#patch-choice")  # what this change does not ask for
         page.click("#fork button")
         page.wait_for_selector("#compare h3")
         settle(page)
