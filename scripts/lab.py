@@ -3,7 +3,7 @@
 A kernel is a function of (q, k, v, context) in a file of yours, or one of the
 built-in variants; settings may follow its name. Each is compared with the
 unchanged model. For a kernel that breaks the contract, only the smallest
-example that breaks it is shown.
+example that breaks it is shown, unless that is meant (--breaks).
 """
 
 from __future__ import annotations
@@ -83,10 +83,14 @@ def read_changes(args: argparse.Namespace) -> list[Change]:
     """The kernels and where they go; a healed one goes where it was trained."""
     from tinyllama import InputError
     from tinyllama.lab.change import Change
+    from tinyllama.lab.clauses import breaks
     from tinyllama.lab.healed import load_healed
     from tinyllama.lab.kernel_file import load_kernel, trusted_kernel
 
-    changes = [Change(spec, load_kernel(spec), args.layers, args.heads) for spec in args.kernels]
+    kernels = {spec: load_kernel(spec) for spec in args.kernels}
+    if args.breaks:
+        kernels = {spec: breaks(*args.breaks)(kernel) for spec, kernel in kernels.items()}
+    changes = [Change(spec, kernel, args.layers, args.heads) for spec, kernel in kernels.items()]
     for path in args.healed or []:
         healed = load_healed(path)
         settings, name = healed.settings, f"{healed.settings.kernel}, healed {len(healed.losses)} steps"
@@ -153,6 +157,12 @@ def parse() -> argparse.Namespace:
     parser = options.Parser(__doc__, EXAMPLES)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="a variant's name, or file.py:function")
     options.add_place_options(parser)
+    parser.add_argument(
+        "--breaks",
+        type=lambda text: text.split(","),
+        metavar="CLAUSE,...",
+        help="measure the kernels although they break these clauses of the contract",
+    )
     parser.add_argument(
         "--healed",
         action="append",

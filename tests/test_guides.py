@@ -51,6 +51,7 @@ def test_its_python_prints_what_it_shows_and_its_commands_run(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text(SHORT, "utf-8")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     namespace, printed, ran, shown, agreed, less = {}, "", set(), 0, {}, False
     for language, block in BLOCK.findall(guide.read_text("utf-8")):
         if language == "text":

@@ -13,7 +13,7 @@ from tests.shapes import some_ids, tiny_model
 from tinyllama.attention import eager, sdpa
 from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS, ByHead, kernel_name
-from tinyllama.lab import restatements, variants
+from tinyllama.lab import restatements, smaller_caches, variants
 from tinyllama.lab.clauses import CLAUSES, UNBREAKABLE, breaks, broken_clauses
 from tinyllama.lab.contract import check_attention
 from tinyllama.lab.kernel_file import VARIANTS
@@ -45,7 +45,8 @@ def test_our_kernels_keep_every_clause_that_they_do_not_declare_broken(name):
     # One query at a time, or 40 ms a call: longer texts would take a minute.
     longest = {"loops": 8, "flex": 2}.get(name, 300)
     contract = check_attention((KERNELS | VARIANTS)[name], longest=longest)
-    declared = {"regroup": {"groups": "declared"}, "flex": {"gradient": "declared"}}.get(name, {})
+    clause = {"regroup": "groups", "quantised": "gradient", "flex": "gradient"}.get(name)
+    declared = {clause: "declared"} if clause else {}
     assert verdicts(contract) == dict.fromkeys(CLAUSES, "kept") | declared, str(contract)
     assert contract.passed
     assert contract.kernel == name
@@ -59,7 +60,8 @@ def test_our_kernels_keep_every_clause_that_they_do_not_declare_broken(name):
         partial(variants.sinks, first=1, size=2),
         partial(variants.topk, keys=2),
         partial(variants.softcap, cap=0.5),
-        partial(variants.regroup, kv_heads=4),
+        partial(smaller_caches.regroup, kv_heads=4),
+        partial(smaller_caches.quantised, bits=8),
         partial(restatements.online, block=1),
         partial(restatements.online, block=7),
         ByHead(VARIANTS["linear"], [1, 2], VARIANTS["window"]),
@@ -158,8 +160,8 @@ def test_the_report_has_a_line_for_each_clause():
         (mistakes.float32_for_bfloat16, "dtype", ["T=1", "expected bfloat16, got float32"]),
         (mistakes.inf_in_float16_alone, "finite", ["T=1", "float16", "1 of padding"]),
         (mistakes.keys_of_a_cache_detached, "gradient", ["T=2", "the gradient of k"]),
-        (mistakes.the_last_query_only, "shape", ["T=2", "[1, 4, 2, 16]", "got [1, 4, 1, 16]"]),
-        (mistakes.with_the_pattern, "shape", ["T=1", "[1, 4, 1, 16]", "got tuple"]),
+        (mistakes.the_last_query_only, "shape", ["T=2", "[1, 4, 2, 16]", "returned [1, 4, 1, 16]"]),
+        (mistakes.with_the_pattern, "shape", ["T=1", "mistakes.py:", "[1, 4, 1, 16]", "returned tuple"]),
     ],
 )
 def test_an_example_says_where_and_what(kernel, clause, parts):
@@ -194,7 +196,7 @@ def test_an_error_in_one_clause_leaves_the_others_to_be_checked():
     contract = check_attention(kernel, longest=3)
     assert [clause.name for clause in contract.clauses] == list(CLAUSES)
     assert broken(contract).keys() == {"dtype", "finite"}
-    assert broken(contract)["dtype"].startswith("T=1: NotImplementedError: no bfloat16 here (line ")
+    assert broken(contract)["dtype"].startswith(f"T=1: NotImplementedError: no bfloat16 here ({__file__}:")
 
 
 def test_heads_that_do_not_divide_are_refused():
@@ -239,6 +241,54 @@ def test_a_declared_clause_that_holds_is_kept_and_said_to_hold(clause):
 def test_some_clauses_cannot_be_declared(clause):
     with pytest.raises(InputError, match=f"breaks: expected some of causal, cache, .*, got '{clause}'"):
         breaks("gradient", clause)
+
+
+def test_what_is_broken_is_said_with_its_remedy():
+    contract = check_attention(mistakes.tiled_kv_heads, clauses=["shape", "groups"], longest=3)
+    assert '@tinyllama.lab.breaks("groups")' in str(contract)
+    assert "--breaks groups" in str(contract)
+    without_a_shape = check_attention(mistakes.the_last_query_only, longest=3)
+    assert "breaks(" not in str(without_a_shape)  # which nothing can be measured without
+    assert "breaks(" not in str(check_attention(eager, clauses=["shape", "groups"], longest=3))
+
+
+class Detached(torch.nn.Module):
+    """A kernel with a weight, whose gradient is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, q, k, v, context):
+        return eager(q, k, v.detach(), context) * self.weight
+
+
+def test_a_module_that_declares_a_clause_keeps_its_weights_and_refuses_as_a_function_does():
+    kernel = breaks("gradient", "batch")(Detached())
+    assert [name for name, _ in kernel.named_parameters()] == ["weight"]
+    assert verdicts(check_attention(kernel, clauses=["gradient", "batch"], longest=3)) == {
+        "gradient": "declared",
+        "batch": "kept",
+    }
+    model = tiny_model()
+    model.set_attention(kernel)
+    run(model)
+    with pytest.raises(InputError, match="Detached: got 2 rows"):
+        run(model, **NEEDS["batch"])
+    with pytest.raises(InputError, match=r"got the class Detached; .*breaks\(...\)\(Detached\(\)\)"):
+        breaks("batch")(Detached)
+
+
+def test_declarations_add_up():
+    twice = breaks("cache")(partial(declared("batch")))
+    assert broken_clauses(twice) == {"cache", "batch"}
+    assert kernel_name(twice) == "declaring"
+    model = tiny_model()
+    model.set_attention(twice)
+    for clause in ("cache", "batch"):
+        with pytest.raises(InputError, match="it declares that it breaks"):
+            run(model, **NEEDS[clause])
+    assert check_attention(twice, clauses=["cache", "batch"], longest=3).passed
 
 
 def test_a_declaration_is_seen_through_settings_and_heads():

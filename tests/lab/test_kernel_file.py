@@ -190,6 +190,44 @@ def test_an_error_in_a_file_is_said_with_its_line_and_others_are_not(kernel_file
     assert failure_in_a_kernel_file(error.value) is None
 
 
+PRINTING = """
+import sys
+import tinyllama
+print("read")
+print("aside", file=sys.stdout)
+def f(q, k, v, context):
+    print("shape", *q.shape, sep="-")
+    return tinyllama.sdpa(q, k, v, context)
+"""
+
+
+def test_what_a_kernel_file_prints_goes_to_stderr_with_its_line_a_few_times(kernel_file, capsys):
+    file = kernel_file(PRINTING)
+    kernel = load_kernel(f"{file}:f")
+    contract = check_attention(kernel, clauses=["shape", "causal", "compile"], longest=8)
+    assert contract.passed, str(contract)  # the compiler leaves the printing out
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert lines[:2] == [f"{file}:4: read", f"{file}:7: shape-1-4-1-16"]
+    assert [line.split(":")[1] for line in lines] == ["4", *["7"] * 6]
+    assert lines[-1] == f"{file}:7: prints more, which is left out"
+    assert told.out == "aside\n"  # as asked for
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "what"),
+    [
+        ("class Mine: pass", 1, "Mine is a class, expected a kernel; make one"),
+        ("\nasync def Mine(q, k, v, context): pass", 2, "Mine is an async function"),
+        ("\n\ndef Mine(q, k, v): pass", 3, r"Mine\(q, k, v\) cannot be: too many"),
+    ],
+)
+def test_what_is_no_kernel_is_refused_with_its_line(kernel_file, code, line, what):
+    file = kernel_file(code)
+    with pytest.raises(InputError, match=rf"mine\.py:{line}: .*{what}"):
+        load_kernel(f"{file}:Mine")
+
+
 def test_a_kernel_that_weights_name_is_code_only_if_the_user_named_it(kernel_file, tmp_path):
     file = kernel_file("(__import__('pathlib').Path(__file__).parent / 'ran').touch()\n" + SETTABLE)
     with pytest.raises(InputError, match="name it on the command line"):

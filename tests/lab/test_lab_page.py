@@ -25,7 +25,7 @@ from tests.pages import (
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import Continuation
 from tinyllama.lab.contract import Clause
-from tinyllama.lab.figures import Card, Extent, Keys, ModelFacts, Prediction, Results, Scorecard, Unchanged
+from tinyllama.lab.figures import Cache, Card, Extent, ModelFacts, Prediction, Results, Scorecard, Unchanged
 from tinyllama.lab.page import STEPS, divergence, formatted, largest, moved, page, step
 from tinyllama.lab.speed import Speed
 from tinyllama.progress import escape
@@ -85,7 +85,7 @@ def a_card(name: str, factor: float, shape: tuple[int, int] = (LAYERS, HEADS), *
             [value * (layer in (1, 2) and head != 1) for head, value in enumerate(row)]
             for layer, row in enumerate(values)
         ],
-        keys=Keys(128, 0.7630208333333334),
+        cache=Cache(128, 0.7630208333333334, 0.25, 1234567, 0.19),
     )
     return Card(
         name=name,
@@ -157,8 +157,10 @@ def test_every_figure_is_shown_as_it_is_and_none_is_missing():
         ("all.top1", 0.607421875, "60.7%"),
         ("all.kl_mean", 0.73195, "0.732"),
         ("texts.0.tokens", 10234, "10,234"),
-        ("keys.needed", 0.763, "76%"),
-        ("keys.needed", None, "no gradient"),
+        ("cache.needed", 0.763, "76%"),
+        ("cache.needed", None, "not known"),
+        ("cache.kept", 0.25, "25%"),
+        ("cache.bytes", 1234567, "1.23 MB"),
         ("speed.decode", None, "no cache"),
         ("speed.decode_ratio", None, "no cache"),
         ("speed.decode_ratio", 1.4584, "1.46×"),
@@ -254,7 +256,7 @@ def test_without_timing_there_is_no_speed():
     ("other", "says"),
     [
         ({"speed": Speed(512, 1060.25, None, 1.2, None)}, "no cache"),
-        ({"keys": Keys(128, None)}, "no gradient"),
+        ({"cache": Cache(128, None, 1.0, 1000, 1.0)}, "not known"),
         ({"all": a_prediction("all", 1.0, low=None, high=None)}, "texts too short for an interval"),
         ({"all": a_prediction("all", 1.0, ratio=1e9)}, "×1.0e+09"),
         ({"all": a_prediction("all", 1.0, ratio=math.inf)}, "×inf"),

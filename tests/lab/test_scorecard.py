@@ -284,7 +284,7 @@ def test_the_unchanged_kernel_scores_no_change(card):
     assert results.all.top1 == 1.0
     assert not any(results.layers_changed)
     assert not any(map(any, results.heads_changed + results.heads_direct))
-    assert (results.keys.of, results.keys.needed) == (20, 1.0)
+    assert (results.cache.of, results.cache.needed, results.cache.share) == (20, 1.0, 1.0)
     (row,) = results.continuations
     assert row.parts_at is None
     assert row.rest == ""

@@ -9,5 +9,6 @@ from .interpretation import activation_patching as activation_patching
 from .interpretation import direct_logit_attribution as direct_logit_attribution
 from .interpretation import head_scores as head_scores
 from .interpretation import logit_lens as logit_lens
+from .keeping import keeps as keeps
 from .kernel_file import VARIANTS as VARIANTS
 from .kernel_file import load_kernel as load_kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllama.kernels import wrong_result
 from tinyllama.lab.trial import Trial, differs, name_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,9 +31,8 @@ GRADCHECK = partial(
 def _shape(trial: Trial, B: int, T: int) -> Iterator[str]:
     q, k, v = trial.draw(B, T)
     z = trial.whole((q, k, v))
-    got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
-    if got != list(q.shape):
-        yield f"q {list(q.shape)}, k and v {list(k.shape)}: expected {list(q.shape)}, got {got}"
+    if not isinstance(z, Tensor) or z.shape != q.shape:
+        yield str(wrong_result(z, q, trial.kernel))
 
 
 def _pure(trial: Trial, B: int, T: int) -> Iterator[str]:
@@ -204,9 +205,8 @@ def _compile(trial: Trial, B: int, T: int) -> Iterator[str]:
 def _reason(message: str) -> str:
     """The first line of the compiler's message, and the user's own line that it is about."""
     first, *rest = [line.strip() for line in message.strip().splitlines()]
-    _, found, user = "\n".join(rest).partition("from user code")
-    own = [line for line in user.splitlines()[1:] if line and not line.startswith(("File ", "Set "))]
-    return f"{first} ({own[-1]})" if found and own else first
+    own = re.findall(r'^File "(.+)", line (\d+), in .*\n(.+)$', "\n".join(rest), re.MULTILINE)
+    return f"{first} ({own[-1][0]}:{own[-1][1]}: {own[-1][2]})" if own else first
 
 
 def _sampled(T: int) -> list[int]:

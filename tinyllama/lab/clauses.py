@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyllama.attention import AttentionContext, Kernel
 from tinyllama.errors import InputError
@@ -34,6 +34,8 @@ UNBREAKABLE = ("shape", "pure")
 def breaks(*clauses: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare that a kernel breaks clauses of the contract: `@breaks("cache")` over its definition.
 
+    Of a module, declare the instance: `kernel = breaks("cache")(MyAttention())`.
+
     `check_attention` then accepts that they are broken. The kernel refuses every forward pass in which a
     broken clause would give wrong results silently: from a cache ("cache"), of a part of a text ("chunks"),
     of several rows ("batch"), with padding ("padding").
@@ -47,12 +49,24 @@ def breaks(*clauses: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
             raise InputError(f"breaks: expected some of {', '.join(known)}, got {clause!r}")
 
     def declare(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if isinstance(kernel, type):
+            raise InputError(
+                f"breaks: got the class {kernel.__name__}; declare the kernel that is made of it: "
+                f"breaks(...)({kernel.__name__}())"
+            )
+        if isinstance(kernel, nn.Module):  # stays a module: a function around it would hide its weights
+            name = kernel_name(kernel)
+            kernel.register_forward_pre_hook(lambda _, x: _refuse(name, clauses, x[0], x[1], x[3]))
+            kernel.broken_clauses = broken_clauses(kernel) | set(clauses)  # type: ignore[assignment]
+            return kernel
+
         @functools.wraps(kernel)
         def declared(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, **settings: Any) -> Tensor:
             _refuse(kernel_name(kernel), clauses, q, k, context)
             return kernel(q, k, v, context, **settings)
 
-        declared.broken_clauses = frozenset(clauses)  # type: ignore[attr-defined]
+        declared.__name__ = kernel_name(kernel)  # which a partial has not
+        declared.broken_clauses = broken_clauses(kernel) | set(clauses)  # type: ignore[attr-defined]
         return declared
 
     return declare
@@ -73,7 +87,21 @@ def undeclared(kernel: Kernel) -> Kernel:
         return functools.partial(undeclared(kernel.func), *kernel.args, **kernel.keywords)
     if isinstance(kernel, ByHead):
         return ByHead(undeclared(kernel.kernel), kernel.heads, undeclared(kernel.others))
-    return getattr(kernel, "__wrapped__", kernel) if broken_clauses(kernel) else kernel
+    if isinstance(kernel, nn.Module) and broken_clauses(kernel):
+        return kernel.forward  # without the hook that refuses
+    wrapped = getattr(kernel, "__wrapped__", None)
+    return undeclared(wrapped) if wrapped is not None and broken_clauses(kernel) else kernel
+
+
+def remedy(broken: Collection[str]) -> str:
+    """What to write if a kernel is meant to break these clauses; empty if it must not, or breaks none."""
+    if not broken or set(broken) & set(UNBREAKABLE):
+        return ""
+    names = ", ".join(f'"{name}"' for name in broken)
+    return (
+        f"if that is meant, write @tinyllama.lab.breaks({names}) over it, or give lab.py "
+        f"--breaks {','.join(broken)}: it is measured all the same"
+    )
 
 
 def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: AttentionContext) -> None:

@@ -13,7 +13,7 @@ from tinyllama.attention import Kernel
 from tinyllama.errors import InputError
 from tinyllama.kernels import kernel_code, kernel_name
 from tinyllama.lab.checks import CHECKS, SIZES, Check
-from tinyllama.lab.clauses import CLAUSES, broken_clauses, undeclared
+from tinyllama.lab.clauses import CLAUSES, broken_clauses, remedy, undeclared
 from tinyllama.lab.trial import Trial
 from tinyllama.pages import cell
 
@@ -64,9 +64,15 @@ class Contract:
         """The kernel and the verdict."""
         return f"{self.kernel}: {'keeps' if self.passed else 'BREAKS'} the contract"
 
+    @property
+    def remedy(self) -> str:
+        """What to write if the broken clauses are meant to be broken."""
+        return remedy([clause.name for clause in self.clauses if clause.verdict == "BROKEN"])
+
     def __repr__(self) -> str:
-        """A line for each clause."""
-        return "\n".join([self.title, *map(str, self.clauses)])
+        """A line for each clause, and what to do about broken ones."""
+        last = [f"  {line}" for line in (self.remedy,) if line]
+        return "\n".join([self.title, *map(str, self.clauses), *last])
 
     def _repr_html_(self) -> str:
         """A table, for a notebook."""
@@ -137,4 +143,4 @@ def _located(error: Exception, kernel: Kernel) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = ([frame for frame in frames if code and frame.filename == code.co_filename] or frames)[-1]
     message = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {message} (line {last.lineno}: {last.line})"
+    return f"{type(error).__name__}: {message} ({last.filename}:{last.lineno}: {last.line})"

@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from tinyllama.attention import AttentionContext, Kernel
+from tinyllama.attention import AttentionContext, Kernel, sdpa
 from tinyllama.hooks import capture
 from tinyllama.lab.change import Change
 from tinyllama.lab.clauses import broken_clauses
+from tinyllama.lab.figures import Cache
+from tinyllama.lab.keeping import kept_bytes
 from tinyllama.model import Llama
 
 RESIDUAL = "layers.*"
@@ -95,6 +97,28 @@ def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
     with _wrapped(model, measured):
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
     return sum(shares) / len(shares)
+
+
+@torch.no_grad()
+def cache_needed(model: Llama, ids: Sequence[int]) -> Cache:
+    """What a cache has to keep of a text's first half for its second half."""
+    kept: list[float] = []
+    plain: list[float] = []
+
+    def measured(own: Kernel) -> Kernel:
+        def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+            kept.append(kept_bytes(own, q, k, v, context))
+            plain.append(kept_bytes(sdpa, q, k, v, context))
+            return own(q, k, v, context)
+
+        return attend
+
+    with _wrapped(model, measured):
+        model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
+    needed, share = keys_needed(model, ids), sum(kept) / sum(plain)
+    half = len(ids) // 2
+    all_of_it = share * (1.0 if needed is None else needed)
+    return Cache(half, needed, share, round(all_of_it * sum(plain) * half / len(ids)), all_of_it)
 
 
 @contextmanager

@@ -81,11 +81,23 @@ class Prediction(Perplexity):
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Of how many keys of a text's first half, which share its second half still reads; see `keys_needed`."""
+class Cache:
+    """What a KV cache has to keep of a text's first half for its second half.
+
+    Attributes:
+        of: tokens of the first half.
+        needed: the share of their keys that the second half still reads (see `keys_needed`); None: not known,
+            so all are counted.
+        kept: bytes that the kernels keep of a token, over those of its keys and values (see `keeps`).
+        bytes: for these tokens, by both.
+        share: of the bytes of the unchanged model's cache.
+    """
 
     of: int
     needed: float | None
+    kept: float
+    bytes: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ class Effects:
 class Results(Effects):
     """Everything that is measured of a change; speed is None if it was not measured."""
 
-    keys: Keys
+    cache: Cache
     speed: Speed | None
     continuations: list[Continuation]
 

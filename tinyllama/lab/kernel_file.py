@@ -21,12 +21,14 @@ from tinyllama.attention import Kernel
 from tinyllama.checkpoints.files import one_line
 from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS
-from tinyllama.lab import restatements, variants
+from tinyllama.lab import restatements, smaller_caches, variants
+from tinyllama.lab.printing import Printer
 
 VARIANTS: dict[str, Kernel] = {
     name: getattr(module, name)
     for module, names in (
-        (variants, "window sinks alibi no_positions softcap linear differential topk regroup ablate"),
+        (variants, "window sinks alibi no_positions softcap linear differential topk ablate"),
+        (smaller_caches, "regroup quantised"),
         (restatements, "loops online flex"),
     )
     for name in names.split()
@@ -123,6 +125,7 @@ def python_file(path: Path) -> ModuleType:
     if source is None or source.loader is None:
         raise InputError(f"{path}: expected a Python file, by the name of file.py")
     module = importlib.util.module_from_spec(source)
+    vars(module)["print"] = Printer()
     sys.modules[source.name] = module  # where dataclasses look up their module
     try:
         with _importable(path.resolve().parent):
@@ -137,10 +140,14 @@ def python_file(path: Path) -> ModuleType:
 
 def _check_arguments(path: Path, name: str, function: Kernel) -> None:
     """Raise InputError unless it can be called with queries, keys, values and a context."""
+    place = f"{path}:{_line(function)}"
     if isinstance(function, type):
-        raise InputError(f"{path}: {name} is a class, expected a kernel; make one: kernel = {name}()")
+        raise InputError(
+            f"{place}: {name} is a class, expected a kernel; make one at the end of the file, "
+            f"kernel = {name}(), and name that: {path}:kernel"
+        )
     if inspect.iscoroutinefunction(function):
-        raise InputError(f"{path}: {name} is an async function, which a kernel cannot be; leave out async")
+        raise InputError(f"{place}: {name} is an async function, which a kernel cannot be; leave out async")
     try:
         signature = inspect.signature(function)
     except ValueError:  # a function that is not written in Python
@@ -149,8 +156,16 @@ def _check_arguments(path: Path, name: str, function: Kernel) -> None:
         signature.bind("q", "k", "v", "context")
     except TypeError as error:
         raise InputError(
-            f"{path}: a kernel is called with (q, k, v, context), but {name}{signature} cannot be: {error}"
+            f"{place}: a kernel is called with (q, k, v, context), but {name}{signature} cannot be: {error}"
         ) from error
+
+
+def _line(function: Any) -> int:
+    """Where a function or class of a file begins; 1 for what has no source."""
+    try:
+        return inspect.getsourcelines(inspect.unwrap(function))[1] or 1
+    except (OSError, TypeError):
+        return 1
 
 
 @contextmanager
@@ -169,7 +184,8 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _named(module: ModuleType) -> list[str]:
-    return [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    own = {key: value for key, value in vars(module).items() if not isinstance(value, Printer)}
+    return [key for key, value in own.items() if callable(value) and not key.startswith("_")]
 
 
 def _values(spec: str, kernel: Kernel, settings: str) -> dict[str, Any]:

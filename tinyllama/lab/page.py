@@ -21,7 +21,7 @@ STEPS = 10
 NOTHING = {
     "decode": "no cache",
     "decode_ratio": "no cache",
-    "needed": "no gradient",
+    "needed": "not known",
     "parts_at": "the same",
     "example": "",
 }
@@ -33,6 +33,9 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "high": percent,
     "top1": "{:.1%}".format,
     "needed": "{:.0%}".format,
+    "kept": "{:.0%}".format,
+    "share": "{:.0%}".format,
+    "bytes": lambda count: f"{count / 1e6:,.2f} MB",
     "prefill": "{:,.1f}".format,
     "decode": "{:,.1f}".format,
     "prefill_ratio": times,

@@ -13,12 +13,12 @@ from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.continuation import Continuation, continuation
 from tinyllama.lab.contract import check_attention
-from tinyllama.lab.effects import direct_changes, keys_needed, observe, total_changes
+from tinyllama.lab.effects import cache_needed, direct_changes, observe, total_changes
 from tinyllama.lab.figures import (
+    Cache,
     Card,
     Effects,
     Extent,
-    Keys,
     ModelFacts,
     Prediction,
     Results,
@@ -78,7 +78,7 @@ def scorecard(
         contracts.append(check_attention(change.kernel, *shape, layer=min(change.layers or (0,))))
     sound = [change for change, one in zip(changes, contracts, strict=True) if one.passed]
     tried = [Change("unchanged", model.attentions[0].kernel, ()), *sound]
-    effects, keys = _effects(subject, sound, done), _keys(subject, sound, extent, done)
+    effects, caches = _effects(subject, sound, done), _caches(subject, sound, extent, done)
     times: list[Speed | None] = [None] * len(tried)
     if extent.rounds:
         done(f"speed, {extent.rounds} rounds")
@@ -86,8 +86,8 @@ def scorecard(
     texts = _continuations(subject, tried, extent, done)
     results = iter(
         [
-            Results(**vars(effect), keys=needed, speed=speed, continuations=continued)
-            for effect, needed, speed, continued in zip(effects, keys, times[1:], texts[1:], strict=True)
+            Results(**vars(effect), cache=cache, speed=speed, continuations=continued)
+            for effect, cache, speed, continued in zip(effects, caches, times[1:], texts[1:], strict=True)
         ]
     )
     cards = [
@@ -142,12 +142,12 @@ def _effects(subject: Subject, changes: Sequence[Change], done: Told) -> list[Ef
     return results
 
 
-def _keys(subject: Subject, changes: Sequence[Change], extent: Extent, done: Told) -> list[Keys]:
+def _caches(subject: Subject, changes: Sequence[Change], extent: Extent, done: Told) -> list[Cache]:
     ids, found = subject.longest[: 2 * extent.context], []
     for change in changes:
-        done(f"keys needed, {change.name}")
+        done(f"cache, {change.name}")
         with change.applied(subject.model):
-            found.append(Keys(len(ids) // 2, keys_needed(subject.model, ids)))
+            found.append(cache_needed(subject.model, ids))
     return found
 
 

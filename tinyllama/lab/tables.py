@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +11,8 @@ from rich.text import Text
 
 from tinyllama.hooks import addresses, numel, shape
 from tinyllama.lab.continuation import Continuation
-from tinyllama.lab.figures import Card, Prediction, Results, Scorecard
+from tinyllama.lab.contract import Contract
+from tinyllama.lab.figures import Cache, Card, Prediction, Results, Scorecard
 from tinyllama.lab.perplexity import Perplexity
 from tinyllama.model import Llama
 from tinyllama.progress import escape
@@ -40,6 +42,8 @@ def _show_broken(console: Console, card: Card) -> None:
     for clause in card.contract:
         if clause.verdict == "BROKEN":
             console.print(Text(f"  {clause.name}: {clause.says}\n    {escape(clause.example or '')}"))
+    if advice := Contract(card.name, tuple(card.contract)).remedy:
+        console.print(Text(advice))
     console.print()
 
 
@@ -47,18 +51,18 @@ def _summary(measured: Sequence[tuple[Card, Results]]) -> Table:
     table = Table(header_style="underline", box=None, padding=(0, 1, 0, 0))
     # The one column that may fold: a number that is cut short would mislead.
     table.add_column("kernel", overflow="fold", min_width=12)
-    for head in ("perplexity (95%)", "KL", "top-1", "prefill", "decode", "keys"):
+    for head in ("perplexity (95%)", "KL", "top-1", "prefill", "decode", "cache"):
         table.add_column(head, justify="right", no_wrap=True)
     for card, results in measured:
-        speed, needed = results.speed, results.keys.needed
+        speed = results.speed
         table.add_row(
-            Text(escape(card.name)),
+            Text(escape(Path(card.name).name)),  # of file.py:function, without the folder
             change(results.all),
             f"{results.all.kl_mean:.1e}",
             f"{results.all.top1:.1%}",
             "" if speed is None else times(speed.prefill_ratio),
             "" if speed is None else times(speed.decode_ratio),
-            "" if needed is None else f"{needed:.0%}",
+            f"{results.cache.share:.0%}",
         )
     return table
 
@@ -71,6 +75,7 @@ def _show_card(console: Console, whole: Scorecard, card: Card, results: Results)
         console.print(Text(f"  {clause.name}: broken, as declared: {escape(clause.example or '')}"))
     for row in [*results.texts, results.all] if len(results.texts) > 1 else results.texts:
         console.print(Text(f"{escape(row.text)}: {prediction(row)}"))
+    console.print(Text(cache(results.cache)))
     top = len(SHADES) - 1
     legend = ", ".join(f"{shade} from {(n - 1) / top:.0%}" for n, shade in enumerate(SHADES) if n)
     console.print(Text(f"relative change of each head's output: {legend}"))
@@ -130,6 +135,15 @@ def prediction(figures: Prediction) -> str:
     return (
         f"perplexity {grouped(figures.before)} → {grouped(figures.after)}, {change(figures)}; "
         f"KL {figures.kl_mean:.1e}, top-1 {figures.top1:.1%}"
+    )
+
+
+def cache(figures: Cache) -> str:
+    """What a KV cache would need, on one line."""
+    needed = "not known, so all count" if figures.needed is None else f"{figures.needed:.0%} still read"
+    return (
+        f"cache of {figures.of} tokens: {figures.bytes / 1e6:,.2f} MB, {figures.share:.0%} of the unchanged "
+        f"model's; keys: {needed}; bytes of each: {figures.kept:.0%}"
     )
 
 

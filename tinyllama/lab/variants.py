@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from tinyllama.attention import AttentionContext, masked_softmax, repeat_kv, sdpa
 from tinyllama.errors import InputError
-from tinyllama.lab.clauses import breaks
 from tinyllama.rope import rotate
 
 
@@ -24,7 +23,7 @@ def window(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, size: 
     Beltagy et al. 2020 (Longformer, arXiv:2004.05150), section 3.1; Jiang et al. 2023 (Mistral 7B,
     arXiv:2310.06825), section 2.
     """
-    _require(size >= 1, "window: size", "1 or more", size)
+    require(size >= 1, "window: size", "1 or more", size)
     return sdpa(q, k, v, context.where(_distance(context) < size))
 
 
@@ -36,8 +35,8 @@ def sinks(
     Xiao et al. 2023 (StreamingLLM, arXiv:2309.17453), section 3.2. Positions are those of the text; the
     paper's are those within its rolling cache.
     """
-    _require(first >= 0, "sinks: first", "0 or more", first)
-    _require(size >= 1, "sinks: size", "1 or more", size)
+    require(first >= 0, "sinks: first", "0 or more", first)
+    require(size >= 1, "sinks: size", "1 or more", size)
     start = context.mask.key_positions[:, None, None, :] < first
     return sdpa(q, k, v, context.where(start | (_distance(context) < size)))
 
@@ -52,7 +51,8 @@ def alibi(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     power = 1 << (H.bit_length() - 1)
     exponents = [8 * h / power for h in range(1, power + 1)] + [4 * h / power for h in range(1, 2 * power, 2)]
     slopes = torch.tensor([2**-e for e in exponents[:H]], dtype=q.dtype, device=q.device)[:, None, None]
-    q, k = without_rope(q, k, context)
+    q = without_rope(q, context.mask.query_positions, context)
+    k = without_rope(k, context.mask.key_positions, context)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale - slopes * _distance(context)
     return masked_softmax(scores, context) @ v
@@ -63,7 +63,8 @@ def no_positions(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> 
 
     Kazemnejad et al. 2023 (arXiv:2305.19466). Some models use it in every fourth layer: `--layers 3,7,11`.
     """
-    q, k = without_rope(q, k, context)
+    q = without_rope(q, context.mask.query_positions, context)
+    k = without_rope(k, context.mask.key_positions, context)
     return sdpa(q, k, v, context)
 
 
@@ -72,7 +73,7 @@ def softcap(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, cap: 
 
     Gemma Team 2024 (Gemma 2, arXiv:2408.00118), section 2, with their cap of 50.
     """
-    _require(cap > 0, "softcap: cap", "a number above 0", cap)
+    require(cap > 0, "softcap: cap", "a number above 0", cap)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     return masked_softmax(cap * torch.tanh(scores / cap), context) @ v
@@ -99,7 +100,7 @@ def differential(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> 
     Ye et al. 2024 (arXiv:2410.05258), equations 1 to 3, with lambda fixed at the layer's initial value,
     0.8 - 0.6 exp(-0.3 layer). Each half of a head needs whole RoPE pairs, n with n + D/2.
     """
-    _require(q.shape[-1] % 4 == 0, "differential: head_dim", "a multiple of 4", q.shape[-1])
+    require(q.shape[-1] % 4 == 0, "differential: head_dim", "a multiple of 4", q.shape[-1])
     start = 0.8 - 0.6 * math.exp(-0.3 * context.layer)
     k, v = repeat_kv(q, k, v)
     first, second = (
@@ -115,31 +116,13 @@ def topk(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, keys: in
 
     Gupta et al. 2021 (arXiv:2106.06899), section 3. Scores equal to the smallest one kept are kept too.
     """
-    _require(keys >= 1, "topk: keys", "1 or more", keys)
+    require(keys >= 1, "topk: keys", "1 or more", keys)
     k, v = repeat_kv(q, k, v)
     scores = q @ k.transpose(2, 3) * context.scale
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~context.mask.allowed, lowest)  # invisible keys must not be among the largest
     kth = scores.topk(min(keys, scores.shape[-1]), dim=-1).values[..., -1:]
     return masked_softmax(scores.masked_fill(scores < kth, lowest), context) @ v
-
-
-# A query head reads a mean of KV heads, not its own.
-@breaks("groups")
-def regroup(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, kv_heads: int = 1) -> Tensor:
-    """Another number of KV heads: neighbours are averaged (1: MQA), or each is repeated (H: MHA).
-
-    Ainslie et al. 2023 (GQA, arXiv:2305.13245), section 2.1. RoPE is linear, so the mean of the keys is the
-    key of the mean projection: a checkpoint with averaged weights computes the same, from a smaller cache.
-    """
-    K, H = k.shape[1], q.shape[1]
-    possible = [n for n in range(1, H + 1) if H % n == 0 and max(K, n) % min(K, n) == 0]
-    _require(kv_heads in possible, "regroup: kv_heads", f"one of {possible}", kv_heads)
-    if kv_heads < K:
-        k, v = (x.unflatten(1, (kv_heads, -1)).mean(dim=2) for x in (k, v))
-    else:
-        k, v = (x.repeat_interleave(kv_heads // K, dim=1) for x in (k, v))
-    return sdpa(q, k, v, context)
 
 
 def ablate(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
@@ -150,22 +133,15 @@ def ablate(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
     return torch.zeros_like(q)
 
 
-def without_rope(q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Queries and keys as they were before RoPE: rotated back by their own positions."""
-    mask = context.mask
-    q_cos, q_sin = mask.rotary(mask.query_positions, q.dtype)
-    k_cos, k_sin = mask.rotary(mask.key_positions, k.dtype)
+def without_rope(x: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    """Queries or keys at those positions, as they were before RoPE: rotated back."""
+    cos, sin = context.mask.rotary(positions, x.dtype)
     # Divided by their squared length, which only YaRN's have: it makes queries and keys longer as well.
-    return rotate(q, q_cos, -q_sin) / _squared_length(q_cos, q_sin), rotate(
-        k, k_cos, -k_sin
-    ) / _squared_length(k_cos, k_sin)
+    return rotate(x, cos, -sin) / (cos.square() + sin.square())
 
 
-def _squared_length(cos: Tensor, sin: Tensor) -> Tensor:
-    return cos.square() + sin.square()
-
-
-def _require(kept: bool, what: str, expected: str, got: float) -> None:
+def require(kept: bool, what: str, expected: str, got: float) -> None:
+    """Raise InputError about a setting unless it is as a kernel needs it."""
     if not kept:
         raise InputError(f"{what}: expected {expected}, got {got}")
 
