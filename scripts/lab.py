@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from tinyllama.lab.scorecard import Subject
 
 TEXTS = ("english", "code")
-PROMPTS = 3
+PROMPTS = 1
 
 EXAMPLES = """\
   python scripts/lab.py window --layers 8-21
   python scripts/lab.py my_attention.py:window --model smollm2 --html lab.html
   python scripts/lab.py window:size=64 sinks:first=4,size=60 --text book.txt
   python scripts/lab.py ablate --layers 3 --heads 0 --json > card.json
+  python scripts/lab.py --new my_attention.py           a kernel to begin with
   python scripts/lab.py --list                          the built-in variants
   python scripts/lab.py --addresses --model smollm2     what can be captured and patched
   python scripts/lab.py --capture "layers.*.self_attn.z"        what that costs
@@ -45,6 +46,9 @@ def main() -> int:
     args = parse()
     if args.list:
         show_variants()
+        return 0
+    if args.new:
+        write_kernel(args.new, args.with_weights)
         return 0
 
     changes = read_changes(args)
@@ -77,6 +81,14 @@ def main() -> int:
         replace_text(args.html, page(card))
         note(f"wrote {args.html}")
     return 0 if all(one.passed for one in card.changes) else 1
+
+
+def write_kernel(path: Path, with_weights: bool) -> None:
+    """Write a kernel to begin with, and say how to run it."""
+    from tinyllama.lab.new import new_kernel
+
+    new_kernel(path, with_weights)
+    print(f"wrote {path}; now try: python scripts/lab.py {shlex.quote(str(path))}:attend --model smollm2")
 
 
 def read_changes(args: argparse.Namespace) -> list[Change]:
@@ -116,9 +128,12 @@ def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Sub
     for name, ids in read.items():
         if len(ids) < 2:
             raise InputError(f"{name}: expected a text of 2 tokens at least, got {len(ids)}; give more text")
-    name, ids = next(iter(read.items()))
     prompts = {prompt: tokenizer.encode(prompt) for prompt in args.prompt or texts.PROMPTS[:PROMPTS]}
-    return Subject(model, tokenizer, read, prompts | {f"{name}, the first half": ids[: len(ids) // 2]})
+    # Long ones too: a window acts on nothing shorter.
+    for name, ids in read.items():
+        for count in (len(ids) // 2, len(ids) * 7 // 8):
+            prompts[f"{name}, its first {count} tokens"] = ids[:count]
+    return Subject(model, tokenizer, read, prompts)
 
 
 def show_variants() -> None:
@@ -200,6 +215,8 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="rounds of timing (default: %(default)s)",
     )
+    parser.add_argument("--new", type=Path, metavar="FILE", help="write a kernel to begin with")
+    parser.add_argument("--with-weights", action="store_true", help="with --new: one that is trained")
     parser.add_argument("--list", action="store_true", help="list the built-in variants")
     parser.add_argument("--addresses", action="store_true", help="list the addresses of the model's values")
     parser.add_argument(
@@ -212,8 +229,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as an HTML page")
     options.add_model_options(parser)
     args = parser.parse_args()
-    if not (args.kernels or args.healed or args.list or args.addresses or args.capture):
-        parser.error("no kernel: give one, or --list for the built-in ones")
+    if not (args.kernels or args.healed or args.list or args.addresses or args.capture or args.new):
+        parser.error("no kernel: give one, --new FILE for one to begin with, or --list for the built-in ones")
+    if args.with_weights and not args.new:
+        parser.error("--with-weights: goes with --new FILE")
     if args.tokens < 4:
         parser.error(f"--tokens: expected 4 or more, got {args.tokens}")
     options.check_output(parser, "--html", args.html)

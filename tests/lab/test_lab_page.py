@@ -26,7 +26,7 @@ from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import Continuation
 from tinyllama.lab.contract import Clause
 from tinyllama.lab.figures import Cache, Card, Extent, ModelFacts, Prediction, Results, Scorecard, Unchanged
-from tinyllama.lab.page import STEPS, divergence, formatted, largest, moved, page, step
+from tinyllama.lab.page import STEPS, divergence, finding, formatted, largest, moved, page, scale, step
 from tinyllama.lab.speed import Speed
 from tinyllama.progress import escape
 
@@ -182,7 +182,7 @@ def test_how_a_figure_is_written(key, value, text):
         (0.0, "0.0", "0%", "s0"),
         (1e-12, "1.0e-12", "<0.1%", "s1"),
         (0.0099, "9.9e-03", "1.0%", "s1"),
-        (0.5, "0.500", "50.0%", "s5"),
+        (0.49, "0.490", "49.0%", "s7"),
         (2.44, "2.440", "244.0%", "s10"),
         (123456.7, "123456.700", "1.2e+07%", "s10"),
         (math.nan, "nan", "not finite", "unknown"),
@@ -190,7 +190,7 @@ def test_how_a_figure_is_written(key, value, text):
     ],
 )
 def test_how_nats_and_relative_changes_are_written_and_coloured(value, as_divergence, as_change, colour):
-    assert (divergence(value), moved(value), step(value)) == (as_divergence, as_change, colour)
+    assert (divergence(value), moved(value), step(value, 1.0)) == (as_divergence, as_change, colour)
 
 
 def test_the_largest_change_and_its_place():
@@ -227,8 +227,44 @@ def test_the_sections_in_their_order():
 
 
 def test_the_heading_says_what_was_changed_and_the_verdict():
-    assert "✗ contract BROKEN Attention changed: window:size=64, ablate, leak." in text_of(a_scorecard())
-    assert "✓ contract kept" in text_of(a_scorecard(a_card("ablate", 9.0)))
+    several = text_of(a_scorecard())
+    assert "3 attentions, each beside the unchanged model window:size=64: higher perplexity, +8.7%" in several
+    assert "leak: breaks the contract, so nothing was measured ✗ contract BROKEN" in several
+    assert "ablate: higher perplexity, +31.5% (+18.9% to +47.3%) ✓ contract kept" in text_of(
+        a_scorecard(a_card("ablate", 9.0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "says"),
+    [
+        (1.02, 0.99, 1.05, "perplexity as before, as far as these texts tell (+2.0% (-1.0% to +5.0%))"),
+        (0.98, 0.97, 0.99, "lower perplexity, -2.0% (-3.0% to -1.0%)"),
+        (1.5, 1.4, 1.6, "higher perplexity, +50.0% (+40.0% to +60.0%)"),
+        (2.03, 1.9, 2.2, "perplexity doubled, +103% (+90.0% to +120%)"),
+        (4.81, 3.6, 6.48, "perplexity 4.8 times as high, +381% (+260% to +548%)"),
+        (1401.0, None, None, "perplexity 1,401 times as high, ×1,401"),
+    ],
+)
+def test_a_finding_in_words(ratio, low, high, says):
+    results = a_card("x", 1.0).results
+    assert finding(replace(results, all=a_prediction("all", 1.0, ratio=ratio, low=low, high=high))) == says
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        ([0.0], 1.0),
+        ([0.003, 0.0], 0.005),
+        ([0.1], 0.1),
+        ([0.11], 0.2),
+        ([0.7, 3.2, math.inf], 5.0),
+        ([730.0], 1000.0),
+    ],
+)
+def test_the_colours_cover_what_is_there(values, top):
+    assert scale([[0.0], values]) == top
+    assert step(top, top) == f"s{STEPS}"
 
 
 def test_a_broken_contract_has_its_examples_and_nothing_else():
@@ -236,7 +272,7 @@ def test_a_broken_contract_has_its_examples_and_nothing_else():
     examples, others = source.split('<article class="broken"')[1].split("</article>")[0].split("<details>")
     assert all(f"T=2: {name} is broken" in examples for name in ("causal", "padding"))
     assert "T=2" not in others
-    row = source.split('<a href="#change-2">')[1].split("</tr>")[0]
+    row = source.split('<th scope="row"><a href="#change-2">')[1].split("</tr>")[0]
     assert "it breaks causal, padding" in row
     columns = source.split("<thead>")[1].split("</thead>")[0].count("<th ")
     assert f'colspan="{columns - 3}"' in row
@@ -248,7 +284,7 @@ def test_without_timing_there_is_no_speed():
     head = source.split("<thead>")[1].split("</thead>")[0]
     assert "prefill" not in head
     assert "Tokens a second" not in re.sub(r"<dl>.*?</dl>", "", source, flags=re.DOTALL)
-    row = source.split('<a href="#change-0">')[1].split("</tr>")[0]
+    row = source.split('<th scope="row"><a href="#change-0">')[1].split("</tr>")[0]
     assert row.count("<td") == head.count("<th ") - 1
 
 
@@ -337,12 +373,12 @@ def test_a_map_has_every_head_of_every_layer_once_and_bars_every_layer(shape):
         *_, layer, head = key.split(".")
         value = value_at(figures, key)
         assert json.loads(exact) == value
-        assert colour == step(value)
+        assert colour == step(value, scale(results.heads_direct + results.heads_changed))
         assert bool(without) == (layer not in ("1", "2") or head == "1")
         assert title.startswith(f"layer {layer}, head {head}" + (", without the kernel" if without else ""))
         assert html.unescape(title).endswith(f": {moved(value)} ({value!r})")
     widths = [float(width) for width in re.findall(r'<rect width="([^"]*)"', source)]
-    assert widths == [round(min(value, 1.0), 4) for value in results.layers_changed]
+    assert widths == [round(value / scale([results.layers_changed]), 4) for value in results.layers_changed]
     assert largest(results.heads_direct).endswith(f"in layer 2, head {shape[1] - 1}")
     assert source.count(html.escape(largest(results.heads_direct))) == 2  # for eyes, and for a screen reader
 

@@ -27,6 +27,9 @@ def near(q, k, v, context, *, size=4):
 def leak(q, k, v, context):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
+def flat(q, k, v, context):
+    return sdpa(q, k, v.detach(), context)
+
 def broken(q, k, v, context):
     return q.no_such_method()
 """
@@ -72,7 +75,7 @@ def test_a_kernel_file_gets_a_card_and_a_page(run, tmp_path):
     assert "contract: 12 clauses kept" in out
     row = next(line for line in out.splitlines() if line.startswith("my.py:near "))
     assert row.count("×") >= 2  # prefill and decode beside the unchanged model
-    assert "text.txt, the first half" in out
+    assert "text.txt, its first 16 tokens" in out
     assert err.endswith("wrote card.html\n")
     assert "my.py:near" in (tmp_path / "card.html").read_text("utf-8")
 
@@ -115,6 +118,32 @@ def test_variants_and_addresses_are_listed(run):
     assert "(B, T, V)" in rows["lm_head"]
 
 
+@pytest.mark.parametrize("options", [(), ("--with-weights",)])
+def test_a_new_kernel_is_measured_as_it_is_and_never_replaces_a_file(run, tmp_path, options):
+    status, out, err = run("lab", "--new", "mine.py", *options)
+    assert (status, err) == (0, "")
+    assert "python scripts/lab.py mine.py:attend" in out
+    written = (tmp_path / "mine.py").read_text("utf-8")
+    assert "{name}" not in written
+    assert_refused(run("lab", "--new", "mine.py", *options), "mine.py: is there already")
+    assert_refused(run("lab", "--new", "mine"), "mine: expected a name that ends in .py")
+    assert_refused(run("lab", "window", "--with-weights"), "goes with --new FILE")
+    assert (tmp_path / "mine.py").read_text("utf-8") == written
+    status, out, _ = run("lab", "mine.py:attend", *BRIEF)
+    assert status == 0
+    assert "contract: 12 clauses kept" in out
+
+
+def test_a_kernel_that_breaks_a_clause_is_measured_on_request(run):
+    flat = "my.py:flat"
+    status, out, _ = run("lab", flat, *BRIEF)
+    assert (status, "--breaks gradient" in " ".join(out.split())) == (1, True)
+    status, out, _ = run("lab", flat, "--breaks", "gradient", *BRIEF)
+    assert status == 0
+    assert "gradient: broken, as declared" in out
+    assert_refused(run("lab", flat, "--breaks", "shape", *BRIEF), "breaks: expected some of causal")
+
+
 def test_what_a_capture_costs_is_measured(run):
     refused = run("lab", "--capture", "layers.*.self_attn.pattern", *BRIEF)  # a fused kernel has none
     assert_refused(refused, "layers.0.self_attn.pattern")
@@ -130,7 +159,7 @@ def test_what_a_capture_costs_is_measured(run):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "no kernel: give one, or --list"),
+        ([], "no kernel: give one, --new FILE"),
         (["windows"], "attention: expected eager, sdpa, window"),
         (["my.py:absent"], "my.py: expected a function 'absent', found"),
         (["window:width=3"], "expected settings size, got 'width'"),

@@ -9,13 +9,14 @@ from typing import Any
 
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import Continuation
-from tinyllama.lab.figures import Scorecard
+from tinyllama.lab.contract import Contract
+from tinyllama.lab.figures import Results, Scorecard
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS
-from tinyllama.lab.tables import grouped, percent, shortened, times
+from tinyllama.lab.tables import change, grouped, percent, shortened, times
 from tinyllama.pages import render
 from tinyllama.ranges import ranges
 
-# Colours from a change of 0, which has its own, to 100% and more.
+# Colours from a change of 0, which has its own, to the top of a map's scale.
 STEPS = 10
 # How None is written, by the figure's name.
 NOTHING = {
@@ -71,8 +72,12 @@ def page(card: Scorecard) -> str:
         block=BLOCK,
         fewest=FEWEST_BLOCKS,
         steps=STEPS,
+        remedy=lambda one: Contract(one.name, tuple(one.contract)).remedy,
+        finding=finding,
+        scale=scale,
         step=step,
         moved=moved,
+        rounded=lambda value: f"{100 * value:,.2f}".rstrip("0").rstrip(".") + "%",
         largest=largest,
         token_at=token_at,
         settings=SETTINGS,
@@ -80,9 +85,36 @@ def page(card: Scorecard) -> str:
     )
 
 
-def step(value: float) -> str:
-    """The class of a value's colour: s0 for no change at all, s1 to s10 for 0 to 100% and more."""
-    return f"s{math.ceil(min(value, 1.0) * STEPS)}" if math.isfinite(value) else "unknown"
+def finding(results: Results) -> str:
+    """What a change does to the prediction of text, in words."""
+    whole = results.all
+    if whole.low is not None and whole.high is not None and whole.low <= 1 <= whole.high:
+        return f"perplexity as before, as far as these texts tell ({change(whole)})"
+    if whole.ratio < 1:
+        return f"lower perplexity, {change(whole)}"
+    size = (
+        "perplexity doubled"
+        if 1.9 <= whole.ratio < 2.1
+        else f"perplexity {grouped(whole.ratio, 2)} times as high"
+    )
+    return f"{size if whole.ratio >= 1.9 else 'higher perplexity'}, {change(whole)}"
+
+
+def scale(values: Sequence[Sequence[float]]) -> float:
+    """The top of a scale: the largest finite value, rounded up to 1, 2 or 5 times a power of ten."""
+    most = max((value for row in values for value in row if math.isfinite(value)), default=0.0)
+    if most == 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(float(f"{n * power:.1g}") for n in (1, 2, 5, 10) if n * power >= most * (1 - 1e-9))
+
+
+def step(value: float, top: float) -> str:
+    """The class of a value's colour: s0 for no change at all, s1 to s10 up to the top of the scale.
+
+    By the square root: one head that moves tenfold must not leave all others alike.
+    """
+    return f"s{math.ceil(min(value / top, 1.0) ** 0.5 * STEPS)}" if math.isfinite(value) else "unknown"
 
 
 def moved(value: float) -> str:
