@@ -27,8 +27,9 @@ from tests.parity.test_suite import Subject, Trained
 from tinyllama.attention import eager
 from tinyllama.kernels import KERNELS
 from tinyllama.pages import plain
+from tinyllama.pages.chart import Chart
 from tinyllama.parity.changed import changed
-from tinyllama.parity.charts import ZERO_NOTE, Chart, layer_chart, position_charts
+from tinyllama.parity.charts import ZERO_NOTE, layer_chart, position_charts
 from tinyllama.parity.continuations import IdFlip
 from tinyllama.parity.mutations import MUTATIONS, Mutation
 from tinyllama.parity.notebook import Notebook

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from tinyllama.pages import chart
 from tinyllama.progress import escape
 
 Formatted = Callable[[str, Any], str]
@@ -58,6 +59,7 @@ def render(package: str, figures: Any, formatted: Formatted, *, connect: str = "
     )
     return environment.get_template("page.html").render(
         figures=figures,
+        geometry=chart,
         cell=partial(tagged, "<td {}>{}</td>"),
         head=partial(tagged, '<th scope="row" {}>{}</th>'),
         figure=partial(tagged, "<span {}>{}</span>"),

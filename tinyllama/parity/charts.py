@@ -4,73 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from tinyllama.pages.chart import BOTTOM, COLOURS, MOST_TICKS, TOP, Chart, Curve, Tick, across, tick_step
 from tinyllama.parity.report import BIN, Case
 
 Values = Sequence[float]
 
-# In the SVG's own units. The left margin holds "1e-16" in the larger type that phones get.
-WIDTH, HEIGHT = 460, 276
-LEFT, RIGHT, TOP, BOTTOM = 56, 444, 26, 226
 # A line this short shows its points, too.
 FEW = 12
-MOST_TICKS = 8
 ZERO_NOTE = "An error of zero has no place on a log axis."
 BREAK_NOTE = "A line breaks off where an error is not finite."
-COLOURS = 4
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A number on an axis: where it stands, and how it reads."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line with gaps where a value cannot be drawn.
-
-    Attributes:
-        name: in the legend.
-        style: the line's class in the style sheet.
-        lines: points of each unbroken part.
-        dots: (x, y) of points that are drawn by themselves.
-    """
-
-    name: str
-    style: str
-    lines: tuple[str, ...]
-    dots: tuple[tuple[float, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Chart:
-    """An error (relRMS, on a log axis) over layers or positions.
-
-    Attributes:
-        title: what is drawn.
-        axis: what the x axis counts.
-        ends: names under the first and the last x.
-        xs: ticks of the x axis.
-        ys: ticks of the y axis.
-        band: outlines of the area between the references' smallest and largest error.
-        band_name: its name in the legend; empty without one.
-        curves: the limit first.
-        notes: what cannot be drawn.
-    """
-
-    title: str
-    axis: str
-    ends: tuple[str, str]
-    xs: tuple[Tick, ...]
-    ys: tuple[Tick, ...]
-    band: tuple[str, ...]
-    band_name: str
-    curves: tuple[Curve, ...]
-    notes: tuple[str, ...]
 
 
 def layer_chart(case: Case) -> Chart | None:
@@ -81,7 +24,7 @@ def layer_chart(case: Case) -> Chart | None:
         return None
     layers = count - 3
     xs = [index / (count - 1) for index in range(count)]
-    ticks = [Tick(across(xs[layer + 1]), str(layer)) for layer in range(0, layers, _step(layers))]
+    ticks = [Tick(across(xs[layer + 1]), str(layer)) for layer in range(0, layers, tick_step(layers))]
     return _chart("Error by layer", "layer", ("embedding", "norm, logits"), case, curves, xs, ticks)
 
 
@@ -91,14 +34,9 @@ def position_charts(case: Case) -> list[Chart]:
     for text, length in sorted(case.texts.items(), key=lambda item: -item[1]):
         curves = {row.who: row.by_position.get(text, []) for row in case.rows}
         xs = [(start + min(start + BIN, length)) / 2 / length for start in range(0, length, BIN)]
-        ticks = [Tick(across(at / length), str(at)) for at in range(0, length + 1, _step(length))]
+        ticks = [Tick(across(at / length), str(at)) for at in range(0, length + 1, tick_step(length))]
         charts.append(_chart(f"Error by position: {text}", "position", ("", ""), case, curves, xs, ticks))
     return [chart for chart in charts if chart]
-
-
-def across(share: float) -> float:
-    """Where a share of the x axis is in the drawing."""
-    return round(LEFT + share * (RIGHT - LEFT), 2)
 
 
 def _chart(
@@ -152,6 +90,7 @@ def _chart(
     notes += [] if all(map(math.isfinite, drawn)) else [BREAK_NOTE]
     return Chart(
         title=title,
+        measure="relRMS (log)",
         axis=axis,
         ends=ends,
         xs=tuple(ticks),
@@ -204,9 +143,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _power(value: float) -> str:
     digits, power = f"{value:.0e}".split("e")
     return f"{digits}e{int(power)}"
-
-
-def _step(count: int) -> int:
-    """1, 2 or 5 times a power of ten, so that few steps make up the count."""
-    sizes = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
-    return next(size for size in sizes if count / size <= MOST_TICKS)
