@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -60,6 +62,17 @@ def kernel_code(kernel: Kernel) -> CodeType | None:
         if isinstance(code := getattr(function, "__code__", None), CodeType):
             return code
     return None
+
+
+def kernel_source(kernel: Kernel) -> str | None:
+    """A digest of the code of a user's kernel; None for one of this package, or without source."""
+    code = kernel_code(kernel)
+    if code is None or Path(code.co_filename).is_relative_to(Path(__file__).parent):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def wrong_result(z: Any, q: Tensor, kernel: Kernel) -> InputError:

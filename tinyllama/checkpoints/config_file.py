@@ -11,16 +11,17 @@ from tinyllama.checkpoints.files import read_json
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.fields import positive_integer
+from tinyllama.progress import note
 from tinyllama.rope_scaling import SCALINGS, RopeScaling
 
 # Fields with no effect on the forward pass: about the file, training or generation defaults.
 IGNORED = """
-    _attn_implementation_autoset _name_or_path attention_kernel auto_map chunk_size_feed_forward
-    custom_pipelines do_sample
-    dtype id2label initializer_range is_llama_config label2id max_length max_new_tokens max_sequence_length
-    name_or_path output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
-    repetition_penalty return_dict temperature tokenizer_class top_k top_p torch_dtype
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+    _attn_implementation_autoset _name_or_path attention_kernel attention_source auto_map
+    chunk_size_feed_forward custom_pipelines do_sample dtype id2label initializer_range is_llama_config
+    label2id max_length max_new_tokens max_sequence_length name_or_path output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type repetition_penalty return_dict
+    temperature tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
+    unsloth_fixed unsloth_version use_cache
 """
 
 # Fields with one value that is implemented. Another would change the computation, so it is refused.
@@ -78,9 +79,16 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise InputError(f"{generation}: {error}") from error
 
 
-def check_kernel(folder: Path, given: str) -> None:
-    """Raise InputError if the weights were trained with another attention than the one of that name."""
-    trained = read_json(folder / "config.json").get("attention_kernel")
+def check_kernel(folder: Path, given: str, source: str | None) -> None:
+    """Raise InputError if the weights were trained with another attention than the one of that name.
+
+    A kernel of a user's file is known by its name; one line on stderr says if its code, of which `source`
+    is a digest, has changed since.
+    """
+    values = read_json(folder / "config.json")
+    trained = values.get("attention_kernel")
+    if trained == given and values.get("attention_source") not in (None, source):
+        note(f"{folder}: the code of {given} is not what it was when these weights were trained with it")
     if trained is not None and trained != given:
         raise InputError(
             f"{folder}: its weights were trained with attention {trained!r:.80}, and attention is {given}; "

@@ -24,7 +24,7 @@ from tinyllama.checkpoints.storage import Storage, record_steps, speed_up, start
 from tinyllama.config import LlamaConfig
 from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
-from tinyllama.kernels import kernel, kernel_name
+from tinyllama.kernels import kernel, kernel_name, kernel_source
 from tinyllama.model import Llama
 from tinyllama.progress import byte_progress
 from tinyllama.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def load_model(
         raise InputError("dtype: an Apple GPU has no float64; use float32")
     chosen, storage = kernel(attention), Storage.of(weights, dtype, device)
     config = read_config(folder)
-    check_kernel(folder, kernel_name(chosen))
+    check_kernel(folder, kernel_name(chosen), kernel_source(chosen))
     stored = find_tensors(folder)
     model = _skeleton(config, stored, folder)
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)

@@ -124,6 +124,17 @@ def check_attention(
     return Contract(kernel_name(kernel), tuple(found))
 
 
+def require_contract(
+    name: str, kernel: Kernel, clauses: Collection[str], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Raise InputError if a kernel breaks one of these clauses without declaring it."""
+    contract = check_attention(kernel, heads, kv_heads, head_dim, clauses=clauses)
+    for clause in contract.clauses:
+        if clause.verdict == "BROKEN":
+            advice = f"; {contract.remedy}" if contract.remedy else ""
+            raise InputError(f"{name}: {clause.name}: {clause.example}{advice}")
+
+
 def _first(trial: Trial, check: Check, sizes: Sequence[tuple[int, int]]) -> str | None:
     """The first example that breaks a clause, an exception included."""
     for B, T in sizes:

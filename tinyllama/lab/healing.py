@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
-from tinyllama.lab.training import moments, require_window, restore, step, windows
+from tinyllama.lab.training.steps import moments, require_window, restore, step, windows
 from tinyllama.model import Llama
 
 

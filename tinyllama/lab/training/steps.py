@@ -93,6 +93,34 @@ def step(
     return total
 
 
+def saved_bytes(model: Llama, rows: Tensor, autocast: torch.dtype | None = None) -> int:
+    """Bytes of activations that a step keeps for its backward pass, weights not counted.
+
+    Args:
+        model: is called once, and not compiled.
+        rows: (B, T + 1), the windows that are read at once.
+        autocast: as in `step`.
+    """
+    device = model.embed_tokens.weight.device
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}  # several values may be views of one storage
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    rows = rows.to(device)
+    # The graph is held to the end: memory that is free again would be counted twice.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            logits = model(rows[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits.float(), rows[:, 1:].flatten())
+    del loss
+    return sum(kept.values())
+
+
 def moments(optimizer: torch.optim.AdamW, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """AdamW's running means by the names of the weights, to be kept with them."""
     return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,12 @@ from tinyllama.attention import Kernel
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 from tinyllama.lab.perplexity import text_nll
-from tinyllama.lab.trained import is_begun, keep, resumed
-from tinyllama.lab.training import Schedule, require_window, step, windows
+from tinyllama.lab.training.folder import is_begun, keep, resumed
+from tinyllama.lab.training.steps import Schedule, require_window, saved_bytes, step, windows
 from tinyllama.model import Llama
 
 STD = 0.02
-TIMED_AFTER = 5  # steps that warm caches up are not timed
+ROUNDS = 7  # of timing; the first warms up
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Recipe:
         accumulate: in how many parts the windows of a step are read.
         autocast: "bfloat16", or None for float32.
         looks: how often the held-out text is read on the way.
+        compiled: by torch.compile; the bits are then others.
     """
 
     text: str = ""
@@ -50,6 +53,7 @@ class Recipe:
     accumulate: int = 1
     autocast: str | None = None
     looks: int = 8
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -66,14 +70,14 @@ class Run:
         seed: of the first weights and of the windows.
         losses: of each step, in nats a token.
         held_out: pairs of the steps done and the mean -log p of held-out text then.
-        tokens_per_second: of training; 0 during the first steps, which warm up.
+        saved_bytes: of activations that a step keeps for its backward pass.
     """
 
     kernel: str
     seed: int
     losses: tuple[float, ...]
     held_out: tuple[tuple[int, float], ...]
-    tokens_per_second: float
+    saved_bytes: int
 
 
 def shape(size: int, vocab_size: int, context: int) -> LlamaConfig:
@@ -151,32 +155,52 @@ def train(
     schedule = Schedule(recipe.lr, recipe.steps, recipe.warm_up)
     autocast = None if recipe.autocast is None else getattr(torch, recipe.autocast)
     experiment = {"recipe": asdict(recipe), "kernel": name, "seed": seed}
-    run = Run(name, seed, (), (), 0.0)
+    together = math.ceil(recipe.batch / recipe.accumulate)
+    run = Run(name, seed, (), (), saved_bytes(model, windows(text, together, recipe.length, 0, 0), autocast))
+    if recipe.compiled:
+        model.compile()
     if folder is not None and is_begun(folder):
         kept = resumed(folder, model, optimizer, experiment)
-        run = Run(name, seed, *kept)
+        run = Run(name, seed, *kept, run.saved_bytes)
         yield run
     looks = {round(recipe.steps * n / recipe.looks) for n in range(1, recipe.looks + 1)}
-    spent, begun = 0.0, len(run.losses)
     while (number := len(run.losses)) < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(number)
         rows = windows(text, recipe.batch, recipe.length, seed, number)
-        start = time.perf_counter()
         loss = step(model, optimizer, rows, accumulate=recipe.accumulate, autocast=autocast)
-        if number >= begun + TIMED_AFTER:
-            spent += time.perf_counter() - start
-        seen = run.held_out
+        run = replace(run, losses=(*run.losses, loss))
         if number + 1 in looks:
-            seen = (*seen, (number + 1, text_nll(model, held_out, recipe.length).mean().item()))
-        timed = number + 1 - begun - TIMED_AFTER
-        speed = timed * recipe.batch * recipe.length / spent if spent else run.tokens_per_second
-        run = Run(name, seed, (*run.losses, loss), seen, speed)
-        if folder is not None and number + 1 in looks:
-            known = {
-                "losses": run.losses,
-                "held_out": run.held_out,
-                "tokens_per_second": run.tokens_per_second,
-            }
-            keep(folder, model, optimizer, experiment, known)
+            seen = text_nll(model, held_out, recipe.length).mean().item()
+            run = replace(run, held_out=(*run.held_out, (number + 1, seen)))
+            if folder is not None:
+                known = {"losses": run.losses, "held_out": run.held_out}
+                keep(folder, model, optimizer, experiment, known)
         yield run
+
+
+def speeds(model: Llama, kernels: Mapping[str, Kernel], text: Tensor, recipe: Recipe) -> dict[str, float]:
+    """Tokens a second of training by each kernel: medians of steps that are timed in turn.
+
+    Args:
+        model: is trained by these steps; a copy is made of it for each kernel.
+        kernels: by name.
+        text: ids to learn from.
+        recipe: how.
+    """
+    autocast = None if recipe.autocast is None else getattr(torch, recipe.autocast)
+    pairs = {}
+    for name, kernel in kernels.items():
+        own = copy.deepcopy(model)
+        own.set_attention(kernel)
+        if recipe.compiled:
+            own.compile()
+        pairs[name] = own, torch.optim.AdamW(own.parameters(), lr=recipe.lr)
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    for number in range(ROUNDS):
+        for name, (own, optimizer) in pairs.items():
+            rows = windows(text, recipe.batch, recipe.length, 0, number)
+            start = time.perf_counter()
+            step(own, optimizer, rows, accumulate=recipe.accumulate, autocast=autocast)
+            times[name].append(time.perf_counter() - start)
+    return {name: recipe.batch * recipe.length / median(own[1:]) for name, own in times.items()}

@@ -14,15 +14,18 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import tinyllama
+from tests.pages import Read, nothing_but_the_one_style_is_allowed
 from tests.scripts.test_scripts import load_script
 from tinyllama.attention import eager, sdpa
 from tinyllama.checkpoints.load import load_model
 from tinyllama.cli import terminal
 from tinyllama.config import LlamaConfig
-from tinyllama.lab.findings import findings
-from tinyllama.lab.from_scratch import Recipe, Run, shape, train, untrained
 from tinyllama.lab.kernel_file import load_kernel
-from tinyllama.lab.training import CLIP, Schedule, step, windows
+from tinyllama.lab.training.experiment import Experiment
+from tinyllama.lab.training.findings import findings
+from tinyllama.lab.training.from_scratch import Recipe, Run, shape, train, untrained
+from tinyllama.lab.training.page import loss_chart, page
+from tinyllama.lab.training.steps import CLIP, Schedule, saved_bytes, step, windows
 from tinyllama.parity.reference import reference_model
 
 SMALL = LlamaConfig(
@@ -175,22 +178,19 @@ def test_the_learning_rate_rises_in_a_line_and_falls_by_a_cosine():
     assert schedule.at(100) == pytest.approx(0.1)
 
 
-def a_run(kernel, loss, speed):
-    return Run(kernel, 0, (loss,), ((1, loss),), speed)
+def some_runs(kernel, losses):
+    return [Run(kernel, seed, (loss,), ((1, loss),), 1000) for seed, loss in enumerate(losses)]
 
 
 def test_a_difference_is_paired_by_seed():
-    first, second = [2.0, 4.0, 3.0], [2.2, 4.4, 3.3]
-    found = findings(
-        {
-            "a": [a_run("a", loss, 100) for loss in first],
-            "b": [a_run("b", loss, 150) for loss in second],
-        }
-    )
+    runs = {"a": some_runs("a", [2.0, 4.0, 3.0]), "b": some_runs("b", [2.2, 4.4, 3.3])}
+    found = findings(runs, {"a": 100.0, "b": 150.0})
     assert str(found[1]) == "b learns 10.0% ± 0.0% worse at equal tokens, 50% faster"
-    noisy = findings({"a": [a_run("a", loss, 100) for loss in first], "b": [a_run("b", 3.0, 80)] * 3})[1]
-    assert "learns as well, as far as these seeds tell" in str(noisy)
-    assert str(noisy).endswith("20% slower")
+    runs["b"] = some_runs("b", [3.0, 3.0, 3.0])
+    noisy = str(findings(runs, {"a": 100.0, "b": 80.0})[1])
+    assert "learns as well, as far as these seeds tell" in noisy
+    assert noisy.endswith("20% slower")
+    assert str(findings(runs, {"a": 100.0, "b": 100.3})[1]).endswith(", as fast")
 
 
 @pytest.mark.parametrize("size", [300_000, 3_000_000, 30_000_000])
@@ -224,7 +224,8 @@ def test_the_script_trains_compares_and_goes_on_where_it_stopped(tmp_path, monke
 
     status, said = run()
     assert status == 0
-    assert said.splitlines()[-1].startswith("window:size=2 learns")
+    assert said.splitlines()[-2] == "Beside sdpa:"
+    assert said.splitlines()[-1].startswith("  window:size=2 learns")
     status, said = run("--json")
     found = json.loads(said)
     assert [len(one["losses"]) for one in found["runs"]] == [8] * 4
@@ -234,8 +235,133 @@ def test_the_script_trains_compares_and_goes_on_where_it_stopped(tmp_path, monke
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(tinyllama.InputError, match="trained with attention"):
         tinyllama.load(str(tmp_path / "out" / "window-size-2-1"), device="cpu")
+    assert run("--html", str(tmp_path / "page.html"))[0] == 0
+    assert "2 attentions, trained alike on 256 tokens" in (tmp_path / "page.html").read_text("utf-8")
     (text / "b.md").write_text("more", "utf-8")
     assert run() == (2, "")
+
+
+LEAK = """
+from torch.nn import functional as F
+def leak(q, k, v, context):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+"""
+
+
+@pytest.fixture
+def train_script(tmp_path, monkeypatch, capsys):
+    """Runs train.py on a short text; returns exit status, stdout and stderr."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. a dog ate the hat. " * 40, "utf-8")
+    (tmp_path / "mine.py").write_text(LEAK, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    brief = "--text text.txt --out out --steps 4 --seeds 1 --batch 2 --length 16 --size 100k"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *brief.split()])
+        with pytest.raises(SystemExit) as ended:
+            terminal.run(load_script("train").main)
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_kernel_that_sees_the_future_is_not_trained(train_script, tmp_path):
+    # It would learn best of all.
+    status, out, err = train_script("sdpa", "mine.py:leak", "--vocab", "280")
+    assert (status, out) == (2, "")
+    assert "mine.py:leak: causal: T=2: token 0 changes when token 1 does" in err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*/model.safetensors"))
+
+
+def test_another_model_s_tokenizer_and_shape(train_script, tmp_path, smollm2_folder):
+    config = json.loads((smollm2_folder / "config.json").read_text("utf-8"))
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | small | heads), "utf-8")
+    status, out, err = train_script(
+        "sdpa", "--tokenizer", str(smollm2_folder), "--config", "config.json", "--json"
+    )
+    assert status == 0, err
+    shape = json.loads(out)["model"]
+    assert (shape["layers"], shape["hidden_size"], shape["vocabulary"]) == (1, 32, config["vocab_size"])
+    model, tokenizer = tinyllama.load(str(tmp_path / "out" / "sdpa-0"), device="cpu")
+    theirs = tinyllama.Tokenizer.from_folder(smollm2_folder)
+    assert tokenizer.encode("the cat's hat") == theirs.encode("the cat's hat")
+    assert model.config.eos_ids == {theirs.eos_id}
+    # The folder has another tokenizer now.
+    assert "another --text, --vocab or --tokenizer" in train_script("sdpa", "--vocab", "280")[2]
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | small | {"max_position_embeddings": 8}), "utf-8"
+    )
+    _, _, err = train_script("sdpa", "--tokenizer", str(smollm2_folder), "--config", "config.json")
+    assert "--length: expected 8 or fewer" in err.splitlines()[-1]
+
+
+def test_the_memory_of_a_step_is_what_autograd_keeps():
+    model, rows = untrained(SMALL, 0), two_back(68).view(4, 17)
+    model.set_attention("sdpa")
+    whole, half = saved_bytes(model, rows), saved_bytes(model, rows[:2])
+    assert 1.9 < whole / half < 2.1
+    model.set_attention("eager")  # which keeps (B, H, T, T) patterns in each of its layers
+    assert saved_bytes(model, rows) - whole > 4 * 2 * 16 * 16 * 4 * SMALL.num_hidden_layers / 2
+    assert whole < 2 * sum(4 * 16 * 4 * width for width in (8 * 3, 32 * 12 * 2, 64 * 5 * 2))
+
+
+def test_a_kernel_whose_code_has_changed_since_is_told(tmp_path, capsys):
+    file, folder = tmp_path / "mine.py", tmp_path / "out"
+    folder.mkdir()
+    code = "import tinyllama\ndef mine(q, k, v, context): return tinyllama.sdpa(q, k, v, context)\n"
+    file.write_text(code, "utf-8")
+    last(
+        train(
+            untrained(SMALL, 0), "mine", load_kernel(f"{file}:mine"), two_back(99), [1, 2], SHORT, 0, folder
+        )
+    )
+    load_model(folder, device="cpu", dtype="float32", attention=f"{file}:mine")
+    assert capsys.readouterr().err == ""
+    file.write_text(code.replace("sdpa(q,", "sdpa(2 * q,"), "utf-8")
+    load_model(folder, device="cpu", dtype="float32", attention=f"{file}:mine")
+    assert "the code of mine is not what it was" in capsys.readouterr().err
+
+
+def an_experiment(*, seeds=3, kernels=("sdpa", "window:size=64", "<b>alibi</b>")):
+    runs = {
+        name: [
+            Run(name, seed, (3.0, 2.5), ((1, 3.0 + n / 10), (2, 2.5 + n / 20 + seed / 50)), 10**6 * (n + 1))
+            for seed in range(seeds)
+        ]
+        for n, name in enumerate(kernels)
+    }
+    speed = {name: 1000.0 + n for n, name in enumerate(kernels)}
+    shape = {"layers": 2, "parameters": 123456}
+    recipe = replace(SHORT, steps=2, batch=8, length=128)
+    whole = [run for own in runs.values() for run in own]
+    return Experiment({"cpu": "one"}, recipe, shape, 999, findings(runs, speed), whole)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_page_says_what_was_found(seeds):
+    experiment = an_experiment(seeds=seeds)
+    source = page(experiment)
+    text = " ".join(Read(source).text.split())
+    assert "3 attentions, trained alike on 2,048 tokens" in text
+    assert f"window:size=64 learns {'2.0% ± 0.0%' if seeds == 3 else '2.0%'} worse at equal tokens" in text
+    assert "<b>alibi</b>" not in source
+    assert source.count("<polyline") == 3
+    assert source.count("<polygon") == (3 if seeds == 3 else 0)
+    nothing_but_the_one_style_is_allowed(source)
+    alone = an_experiment(seeds=seeds, kernels=("sdpa",))
+    assert "sdpa: loss 2.5" in " ".join(Read(page(alone)).text.split())
+    assert repr(alone).count("Beside") == 0
+
+
+def test_a_loss_that_is_not_finite_has_no_place_on_the_chart():
+    experiment = an_experiment()
+    lost = replace(experiment.runs[3], held_out=((1, 3.0), (2, math.nan)))
+    runs = [*experiment.runs[:3], lost, *experiment.runs[4:]]
+    chart = loss_chart(replace(experiment, runs=runs))
+    assert [len(curve.lines) for curve in chart.curves] == [1, 0, 1]
+    assert "nan" not in page(replace(experiment, runs=runs)).split("<svg")[1].split("</svg>")[0]
 
 
 def test_every_step_has_its_learning_rate_and_norms_do_not_decay(monkeypatch):
@@ -245,7 +371,7 @@ def test_every_step_has_its_learning_rate_and_norms_do_not_decay(monkeypatch):
         seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
         return step(model, optimizer, rows, **more)
 
-    monkeypatch.setattr("tinyllama.lab.from_scratch.step", noting)
+    monkeypatch.setattr("tinyllama.lab.training.from_scratch.step", noting)
     last(train(untrained(SMALL, 0), "sdpa", sdpa, two_back(100), [1, 2, 3], SHORT, 0))
     schedule = Schedule(SHORT.lr, SHORT.steps, SHORT.warm_up)
     assert seen == [[(schedule.at(n), SHORT.decay), (schedule.at(n), 0.0)] for n in range(SHORT.steps)]

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tinyllama.checkpoints.files import SINGLE, one_line, read_json, replace_file, replace_text
+from tinyllama.checkpoints.files import SINGLE, one_line, read_bytes, read_json, replace_file, replace_text
 from tinyllama.errors import InputError
-from tinyllama.kernels import kernel_name
-from tinyllama.lab.training import moments, restore
+from tinyllama.kernels import kernel_name, kernel_source
+from tinyllama.lab.training.steps import moments, restore
 from tinyllama.model import Llama
 
 END = "<|endoftext|>"
@@ -26,6 +26,14 @@ END = "<|endoftext|>"
 STATE = "resume.safetensors"
 KEY = "training"
 CORPUS = "corpus.json"
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 PLAIN = ("sdpa", "eager")  # the attention of every Llama, of which a checkpoint says nothing
 
 
@@ -34,17 +42,41 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def byte_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer on a text, unless the folder has the one of this text and size.
+def write_tokenizer(text: str, vocab_size: int, source: Path | None, folder: Path) -> None:
+    """Copy the tokenizer of a checkpoint folder, or train a byte-level BPE one on the text.
+
+    Nothing is written if the folder has that tokenizer already.
+
+    Args:
+        text: what is learnt from.
+        vocab_size: of the tokenizer that is trained.
+        source: the checkpoint folder; None: train one.
+        folder: where it goes.
 
     Raises:
-        InputError: the folder has one of another text or size, or cannot be written.
+        InputError: the folder belongs to another text or tokenizer, or cannot be written.
     """
-    asked = {"text": digest(text), "vocab_size": vocab_size}
+    files = {name: read_bytes(source / name) for name in FILES if (source / name).exists()} if source else {}
+    asked = {"text": digest(text), "vocab_size": vocab_size, "files": _digests(files)}
     if (folder / CORPUS).exists():
         if read_json(folder / CORPUS) != asked:
-            raise InputError(f"{folder}: belongs to another --text or --vocab; give another --out")
+            raise InputError(
+                f"{folder}: belongs to another --text, --vocab or --tokenizer; give another --out"
+            )
         return
+    for name, data in (files or _byte_level(text, vocab_size)).items():
+        _write(folder / name, data)
+    replace_text(folder / CORPUS, json.dumps(asked) + "\n")  # last: where it is, the others are whole
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Give a checkpoint folder the tokenizer of another folder."""
+    for name in FILES:
+        if (source / name).exists():
+            _write(folder / name, read_bytes(source / name))
+
+
+def _byte_level(text: str, vocab_size: int) -> dict[str, bytes]:
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -53,10 +85,19 @@ def byte_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     trained.train_from_iterator([text], trainer)
-    replace_text(folder / "tokenizer.json", trained.to_str())
-    kept = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "add_prefix_space": False}
-    replace_text(folder / "tokenizer_config.json", json.dumps(kept, indent=1) + "\n")
-    replace_text(folder / CORPUS, json.dumps(asked) + "\n")  # last: where it is, the others are whole
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "add_prefix_space": False}
+    return {
+        "tokenizer.json": trained.to_str().encode(),
+        "tokenizer_config.json": f"{json.dumps(settings, indent=1)}\n".encode(),
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    replace_file(path, lambda partial: partial.write_bytes(data))
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
 
 
 def is_begun(folder: Path) -> bool:
@@ -90,6 +131,7 @@ def keep(
     name = kernel_name(model.attentions[0].kernel)
     if name not in PLAIN:
         config["attention_kernel"] = name
+        config["attention_source"] = kernel_source(model.attentions[0].kernel)
     weights = dict(model.named_parameters())
     values = {key: value.detach().contiguous() for key, value in weights.items()}
     official = {key if key.startswith("lm_head") else f"model.{key}": value for key, value in values.items()}
@@ -103,8 +145,8 @@ def keep(
 
 def resumed(
     folder: Path, model: Llama, optimizer: torch.optim.AdamW, experiment: Mapping[str, Any]
-) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...], float]:
-    """Put weights and means back; returns the losses, the held-out losses and the speed so far.
+) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
+    """Put weights and means back; returns the losses and the held-out losses so far.
 
     Raises:
         InputError: the file is damaged, or of another experiment or model.
@@ -117,7 +159,6 @@ def resumed(
         there, known = record["experiment"], record["known"]
         losses = tuple(map(float, known["losses"]))
         held_out = tuple((int(steps), float(loss)) for steps, loss in known["held_out"])
-        speed = float(known["tokens_per_second"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: is not a state that train.py wrote ({one_line(error)}); remove it to begin anew"
@@ -131,7 +172,7 @@ def resumed(
         for name, value in _part(tensors, "weights").items():
             weights[name].copy_(value)
     restore(optimizer, weights, _part(tensors, "moments"), len(losses))
-    return losses, held_out, speed
+    return losses, held_out
 
 
 def _part(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
