@@ -73,7 +73,8 @@ def run_all(args: argparse.Namespace, kernels: dict[str, Kernel]) -> Experiment:
     from tinyllama.lab.training.experiment import Experiment
     from tinyllama.lab.training.findings import findings
     from tinyllama.lab.training.folder import copy_tokenizer, digest, write_tokenizer
-    from tinyllama.lab.training.from_scratch import Recipe, speeds, train, untrained
+    from tinyllama.lab.training.from_scratch import Recipe, train, untrained
+    from tinyllama.lab.training.speed import PEER, speeds
     from tinyllama.text.tokenizer import Tokenizer
 
     device, text = usable_device(args.device), corpus(args.text)
@@ -126,8 +127,9 @@ def run_all(args: argparse.Namespace, kernels: dict[str, Kernel]) -> Experiment:
     }
     whole = [run for own in runs.values() for run in own]
     note("speed, in turn")
-    speed = speeds(untrained(config, 0).to(device), kernels, learnt, recipe)
-    return Experiment(machine(), recipe, shape, len(learnt), findings(runs, speed), whole)
+    speed = speeds(untrained(config, 0).to(device), kernels, learnt, recipe, peer=args.beside_transformers)
+    found = findings(runs, speed)
+    return Experiment(machine(), recipe, shape, len(learnt), found, whole, speed.get(PEER))
 
 
 def shaped(args: argparse.Namespace, tokenizer: Tokenizer) -> LlamaConfig:
@@ -220,6 +222,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="by torch.compile: faster on a GPU")
+    parser.add_argument(
+        "--beside-transformers", action="store_true", help="also time its training, in turn with the kernels'"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as an HTML page")
     args = parser.parse_args()

@@ -235,8 +235,12 @@ def test_the_script_trains_compares_and_goes_on_where_it_stopped(tmp_path, monke
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(tinyllama.InputError, match="trained with attention"):
         tinyllama.load(str(tmp_path / "out" / "window-size-2-1"), device="cpu")
-    assert run("--html", str(tmp_path / "page.html"))[0] == 0
-    assert "2 attentions, trained alike on 256 tokens" in (tmp_path / "page.html").read_text("utf-8")
+    status, said = run("--html", str(tmp_path / "page.html"), "--beside-transformers")
+    assert status == 0
+    assert "transformers: " in said
+    source = (tmp_path / "page.html").read_text("utf-8")
+    assert "2 attentions, trained alike on 256 tokens" in source
+    assert "transformers trains the same model at" in source
     (text / "b.md").write_text("more", "utf-8")
     assert run() == (2, "")
 

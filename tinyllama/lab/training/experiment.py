@@ -29,6 +29,7 @@ class Experiment:
         text_tokens: in the text that is learnt from.
         findings: each attention beside the first.
         runs: all of them, by attention and then by seed.
+        peer: transformers' tokens a second with the same weights, in turn with the others; None: not timed.
     """
 
     machine: dict[str, Any]
@@ -37,6 +38,7 @@ class Experiment:
     text_tokens: int
     findings: list[Finding]
     runs: list[Run]
+    peer: float | None = None
 
     def of(self, kernel: str) -> list[Run]:
         """The runs of an attention, by seed."""
@@ -79,6 +81,9 @@ def show(console: Console, experiment: Experiment) -> None:
     console.print(table)
     console.print("Loss of held-out text, in nats a token; backward: what a step keeps for that pass.")
     first, *others = experiment.findings
+    if experiment.peer is not None:
+        ratio = first.tokens_per_second / experiment.peer
+        console.print(f"transformers: {experiment.peer:,.0f} tokens/s; {escape(first.kernel)} {ratio:.2f}×")
     if others:
         console.print(Text(f"Beside {escape(first.kernel)}:"))
     for one in others:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +19,6 @@ from tinyllama.lab.training.steps import Schedule, require_window, saved_bytes, 
 from tinyllama.model import Llama
 
 STD = 0.02
-ROUNDS = 7  # of timing; the first warms up
 
 
 @dataclass(frozen=True)
@@ -177,30 +173,3 @@ def train(
                 known = {"losses": run.losses, "held_out": run.held_out}
                 keep(folder, model, optimizer, experiment, known)
         yield run
-
-
-def speeds(model: Llama, kernels: Mapping[str, Kernel], text: Tensor, recipe: Recipe) -> dict[str, float]:
-    """Tokens a second of training by each kernel: medians of steps that are timed in turn.
-
-    Args:
-        model: is trained by these steps; a copy is made of it for each kernel.
-        kernels: by name.
-        text: ids to learn from.
-        recipe: how.
-    """
-    autocast = None if recipe.autocast is None else getattr(torch, recipe.autocast)
-    pairs = {}
-    for name, kernel in kernels.items():
-        own = copy.deepcopy(model)
-        own.set_attention(kernel)
-        if recipe.compiled:
-            own.compile()
-        pairs[name] = own, torch.optim.AdamW(own.parameters(), lr=recipe.lr)
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for number in range(ROUNDS):
-        for name, (own, optimizer) in pairs.items():
-            rows = windows(text, recipe.batch, recipe.length, 0, number)
-            start = time.perf_counter()
-            step(own, optimizer, rows, accumulate=recipe.accumulate, autocast=autocast)
-            times[name].append(time.perf_counter() - start)
-    return {name: recipe.batch * recipe.length / median(own[1:]) for name, own in times.items()}

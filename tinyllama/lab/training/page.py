@@ -17,6 +17,7 @@ FORMATS = {
     "margin": "± {:.1%}",
     "faster": "{:+.0%}",
     "tokens_per_second": "{:,.0f}",
+    "peer": "{:,.0f}",
     "lr": "{:g}",
     "decay": "{:g}",
 }

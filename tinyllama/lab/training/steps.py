@@ -63,7 +63,7 @@ def windows(text: Tensor, batch: int, length: int, seed: int, number: int) -> Te
 
 
 def step(
-    model: Llama,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
     rows: Tensor,
     *,
@@ -73,14 +73,14 @@ def step(
     """One step of an optimizer over the windows; returns the mean loss in nats a token.
 
     Args:
-        model: is called once for each part of the windows.
+        model: gives logits (B, T, V) for ids (B, T); is called once for each part of the windows.
         optimizer: of the weights that learn.
         rows: (B, T + 1).
         accumulate: in how many parts the windows are read; more parts need less memory.
         autocast: compute in this dtype where PyTorch finds it safe.
     """
     optimizer.zero_grad(set_to_none=True)
-    device, total = model.embed_tokens.weight.device, 0.0
+    device, total = next(model.parameters()).device, 0.0
     for part in rows.to(device).chunk(accumulate):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model(part[:, :-1]).flatten(0, 1)  # (B * T, V)
