@@ -191,6 +191,8 @@ def test_a_difference_is_paired_by_seed():
     assert "learns as well, as far as these seeds tell" in noisy
     assert noisy.endswith("20% slower")
     assert str(findings(runs, {"a": 100.0, "b": 100.3})[1]).endswith(", as fast")
+    once = {"a": some_runs("a", [2.0]), "b": some_runs("b", [2.0002])}
+    assert str(findings(once, {"a": 1.0, "b": 1.0})[1]) == "b learns as well, as fast"
 
 
 @pytest.mark.parametrize("size", [300_000, 3_000_000, 30_000_000])

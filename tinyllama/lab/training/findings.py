@@ -40,6 +40,8 @@ class Finding:
         share = f"{abs(self.worse):.1%}" + ("" if self.margin is None else f" ± {self.margin:.1%}")
         if self.margin is not None and abs(self.worse) <= self.margin:
             learns = f"learns as well, as far as these seeds tell ({self.worse:+.1%} ± {self.margin:.1%})"
+        elif abs(self.worse) < 0.0005:
+            learns = "learns as well"
         else:
             learns = f"learns {share} {'worse' if self.worse > 0 else 'better'} at equal tokens"
         speed = f"{abs(self.faster):.0%} {'faster' if self.faster > 0 else 'slower'}"

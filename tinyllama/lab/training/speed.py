@@ -48,9 +48,9 @@ def speeds(
     """
     models: dict[str, nn.Module] = {}
     for name, kernel in kernels.items():
-        own = copy.deepcopy(model)
-        own.set_attention(kernel)
-        models[name] = own
+        ours = copy.deepcopy(model)
+        ours.set_attention(kernel)
+        models[name] = ours
     if peer:
         from tinyllama.parity.reference import reference_model  # here, because it imports transformers
 
