@@ -139,7 +139,8 @@ def test_only_the_clauses_asked_for_are_checked():
 
 def test_the_report_has_a_line_for_each_clause():
     contract = check_attention(mistakes.is_causal_always, longest=3)
-    lines = str(contract).splitlines()
+    *lines, remedy = str(contract).splitlines()
+    assert remedy.strip() == contract.remedy
     assert len(lines) == 1 + len(CLAUSES)
     assert lines[0] == "is_causal_always: BREAKS the contract"
     assert [line.split()[:2] for line in lines[1:]] == [[one.verdict, one.name] for one in contract.clauses]
