@@ -21,6 +21,7 @@ EXTRAS = {
     "accelerate": "parity",
     "gguf": "embedded",
     "matplotlib": "bench",
+    "datasets": "evaluate",
     "lm_eval": "evaluate",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +55,7 @@ class HarnessModel(TemplateLM):
         if prefix is None:
             raise InputError(f"{tokenizer.name}: expected a tokenizer with BOS or EOS, it names neither")
         self.model, self.tokenizer, self.batch, self._prefix = model, tokenizer, batch, prefix
-        self._sampled = 0
+        self._seeds = count()  # another for each batch, or repeats of a prompt would be given one text
 
     @property
     def eot_token_id(self) -> int | None:
@@ -226,10 +227,9 @@ class HarnessModel(TemplateLM):
                 f"generation_kwargs: expected until, max_gen_toks, do_sample, {', '.join(SAMPLING)}, got "
                 f"{', '.join(sorted(unknown))}"
             )
-        if sampled:
-            self._sampled += 1  # another seed for each group, or repeats of a prompt would give one text
-            return until, limit, {**settings, "seed": self._sampled}
-        return until, limit, {"repetition_penalty": settings.get("repetition_penalty", 1.0)}
+        if not sampled:
+            settings = {name: value for name, value in settings.items() if name == "repetition_penalty"}
+        return until, limit, settings
 
     def _texts(
         self, contexts: Sequence[list[int]], until: list[str], limit: int, sampling: dict[str, Any]
@@ -241,7 +241,9 @@ class HarnessModel(TemplateLM):
             tail = self._decode(ids[-longest:], skip_special=False)
             return any(end in tail for end in until)
 
-        for ids in generate(self.model, contexts, max_new_tokens=limit, stop=ended, **sampling):
+        for ids in generate(
+            self.model, contexts, max_new_tokens=limit, stop=ended, seed=next(self._seeds), **sampling
+        ):
             yield postprocess_generated_text(self._decode(ids, skip_special=True), until, None)
 
     def _decode(self, ids: Sequence[int], skip_special: bool) -> str:
