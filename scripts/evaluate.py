@@ -151,7 +151,8 @@ def place(args: argparse.Namespace) -> str:
 
 def signed(value: float) -> str:
     """A difference: +0.025, -31.2, +3,069."""
-    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+,.1f}" if abs(value) < 1000 else f"{value:+,.0f}"
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    return f"{round(value, digits) + 0.0:+,.{digits}f}"  # no -0.000
 
 
 def ends(interval: Interval | None, write: Callable[[float], str]) -> str:

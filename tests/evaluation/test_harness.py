@@ -174,9 +174,9 @@ def test_a_generated_text_is_the_same(tiny, given):
 
 def test_a_trained_model_stops_where_it_should(trained):
     asked = [
-        ("Question: What is the opposite of hot?\nAnswer:", {"until": ["\n"], "max_gen_toks": 4}),
+        ("Question: What is the opposite of hot?\nAnswer:", {"until": ["\n"], "max_gen_toks": 3}),
         (STORY, {"until": ["mat", "dog"], "max_gen_toks": 6}),
-        ("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n", {"until": [], "max_gen_toks": 4}),
+        ("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n", {"until": [], "max_gen_toks": 3}),
     ]
     assert_same(trained, "generate_until", *asked)
     texts = ask(trained.ours, "generate_until", *asked)
