@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -30,6 +30,7 @@ def generate(
     *,
     max_new_tokens: int = 256,
     eos_ids: Iterable[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     speculate: int = 0,
     **sampling: Any,
 ) -> list[list[int]]:
@@ -40,6 +41,7 @@ def generate(
         prompts: ids of each prompt; lengths may differ.
         max_new_tokens: at most this many for each; the context length is a limit too.
         eos_ids: ids that end a text; None takes the checkpoint's, () lets every text run to its limit.
+        stop: is asked after each id, with the new ids of its text so far; True ends that text too.
         speculate: for one prompt: guess up to this many ids from the text so far, and check them in one pass;
             0 is off. The ids stay the same but for rounding: see `speculation`.
         sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty` and `seed`, as in `Sampler`. One draw
@@ -53,7 +55,7 @@ def generate(
         NonFiniteLogitsError: the model gave NaN or infinite logits.
     """
     advice.check_prompts(prompts)
-    advice.check_settings(sampling, SETTINGS)
+    advice.check_settings(sampling, (*SETTINGS, "stop"))
     ends = model.config.eos_ids if eos_ids is None else frozenset(eos_ids)
     limits = [_limit(model, prompt, max_new_tokens) for prompt in prompts]
     speculation = _speculation(speculate, prompts, model)
@@ -67,7 +69,8 @@ def generate(
     for chosen in model.supervise(steps):
         for row in sorted(open_rows):
             rows[row].append(chosen[row])
-            if chosen[row] in ends or len(rows[row]) == limits[row]:
+            stopped = stop is not None and stop(rows[row])
+            if stopped or chosen[row] in ends or len(rows[row]) == limits[row]:
                 open_rows.remove(row)
         if not open_rows:
             break
@@ -158,20 +161,30 @@ def prefill(
         cache: takes the keys and values; of prompts of one length it may hold the first `cache.length` ids.
         chunk: columns that go through the model at once.
     """
-    device = cache.keys.device
-    length, held = max(map(len, prompts)), cache.length
-    padding = [length - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=device)
-    columns = torch.arange(length, device=device) - torch.tensor(padding, device=device)[:, None]
-    positions = columns.clamp(min=-1)  # (B, length)
+    ids, positions = left_padded(prompts, cache.keys.device)
+    length, held = ids.shape[1], cache.length
     for start in range(held, length, chunk):
         end = min(start + chunk, length)
-        if any(padding):
+        if positions is not None:
             hidden = model.hidden_states(ids[:, start:end], cache.first(end), positions[:, start:end])
         else:
             hidden = model.hidden_states(ids[:, start:end], cache)
     # The logits of the last position alone: V is large.
     return model.lm_head(hidden[:, -1:])[:, -1]
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Texts as one tensor of ids, (B, T), and their positions, (B, T), -1 for the padding on the left.
+
+    The positions are None if all texts have the same length: then a model needs none.
+    """
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(padding, rows, strict=True)], device=device)
+    if not any(padding):
+        return ids, None
+    columns = torch.arange(length, device=device) - torch.tensor(padding, device=device)[:, None]
+    return ids, columns.clamp(min=-1)
 
 
 @torch.inference_mode()

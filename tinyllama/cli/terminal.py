@@ -16,7 +16,14 @@ from tinyllama.progress import escape, note
 
 CLOSED_PIPE = 128 + 13  # the status of a program that SIGPIPE ended, which Windows does not have
 # Packages that one command needs, and the extra of pyproject.toml that they come with.
-EXTRAS = {"transformers": "parity", "accelerate": "parity", "gguf": "embedded", "matplotlib": "bench"}
+EXTRAS = {
+    "transformers": "parity",
+    "accelerate": "parity",
+    "gguf": "embedded",
+    "matplotlib": "bench",
+    "datasets": "evaluate",
+    "lm_eval": "evaluate",
+}
 
 STDOUT_FAILS = (errno.ENOSPC, errno.EFBIG, errno.EIO)  # errors of writing that name no file
 
