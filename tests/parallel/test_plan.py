@@ -57,15 +57,15 @@ def test_the_parts_of_every_weight_are_the_whole_once(config, ranks, mode):
 
 
 @settings(deadline=None, max_examples=60)
-@given(configs(), st.integers(1, 9))
-def test_every_rank_has_query_heads_and_exactly_the_kv_heads_that_they_read(config, ranks):
-    plan = Plan.of(config, ranks)
+@given(configs(), st.integers(1, 9), st.sampled_from(MODES))
+def test_every_rank_has_query_heads_and_exactly_the_kv_heads_that_they_read(config, ranks, mode):
+    plan = Plan.of(config, ranks, mode)
     G = config.num_attention_heads // config.num_key_value_heads
     for heads, kv_heads in zip(plan.heads, plan.kv_heads, strict=True):
         assert heads
         assert {head // G for head in heads} == set(kv_heads)
         assert len(heads) % len(kv_heads) == 0  # a kernel sees whole groups
-        if ranks <= config.num_key_value_heads:
+        if mode == "exact" or ranks <= config.num_key_value_heads:
             assert len(heads) == G * len(kv_heads)
 
 
@@ -82,7 +82,8 @@ def test_shares_differ_by_no_more_than_a_unit(total, ranks, unit):
 def test_tinyllama_on_eight_ranks_has_each_kv_head_twice():
     plan = Plan.of(LlamaConfig(), 8)
     assert [list(part) for part in plan.kv_heads] == [[0], [0], [1], [1], [2], [2], [3], [3]]
-    assert [len(part) for part in plan.heads] == [4] * 8
+    assert [len(part) for part in plan.heads] == [8] * 8
+    assert [len(part) for part in Plan.of(LlamaConfig(), 8, "fast").heads] == [4] * 8
     assert {len(part) for part in plan.mlp} == {704}
 
 

@@ -108,7 +108,8 @@ def narrow(model: Llama, plan: Plan, rank: int) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             cut = plan.cut(f"{path}.weight")
             weight = module.weight.detach()[cut.place(rank)]
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            # As before: of a weight without gradients, PyTorch may round the product in another way.
+            module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = weight.shape
             else:
@@ -118,7 +119,6 @@ def narrow(model: Llama, plan: Plan, rank: int) -> None:
 
 def connect(model: Llama, plan: Plan, ranks: Ranks) -> None:
     """Give a narrow model the layers that talk, and tell it which heads are its own."""
-    model.requires_grad_(False)  # a gradient ends where the ranks talk
     model.kv_heads = len(plan.kv_heads[ranks.rank])
     channels = times(plan.heads, plan.config.head_dim)
 

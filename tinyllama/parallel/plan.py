@@ -1,8 +1,9 @@
 """Which part of each weight a rank has: a pure function of the config and the number of ranks.
 
 Heads are dealt out in whole KV groups: a rank has some KV heads and all query heads that read them. Where
-there are more ranks than KV heads, several ranks have the same KV head and share its query heads; where there
-are more ranks than query heads, several compute the same one, and the first of them counts.
+there are more ranks than KV heads, several ranks have the same KV head. In the exact split they all compute the
+whole group, and the first of them counts: PyTorch's sdpa gives other bits for a part of a group. In the fast
+split they share its query heads, as far as these go round.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Plan:
             raise InputError(f"ranks: expected 1 to {most}, the model's smallest width, got {ranks}")
         if mode not in MODES:
             raise InputError(f"split: expected {' or '.join(MODES)}, got {mode!r}")
-        heads, kv_heads = _heads(config.num_attention_heads, config.num_key_value_heads, ranks)
+        heads, kv_heads = _heads(
+            config.num_attention_heads, config.num_key_value_heads, ranks, mode == "exact"
+        )
         return Plan(
             config,
             ranks,
@@ -136,7 +139,7 @@ def owners(parts: Parts) -> list[int]:
     return [rank for rank, part in enumerate(parts) if rank == 0 or part != parts[rank - 1]]
 
 
-def _heads(H: int, K: int, ranks: int) -> tuple[Parts, Parts]:
+def _heads(H: int, K: int, ranks: int, whole_groups: bool) -> tuple[Parts, Parts]:
     """Query heads and KV heads of every rank."""
     G = H // K
     if ranks <= K:
@@ -146,7 +149,10 @@ def _heads(H: int, K: int, ranks: int) -> tuple[Parts, Parts]:
     kv_heads_of: list[range] = []
     for head, sharing in enumerate(shares(ranks, K)):  # these ranks have this KV head
         n = len(sharing)
-        own = shares(G, n) if n <= G else tuple(range(i * G // n, i * G // n + 1) for i in range(n))
+        if whole_groups:
+            own: Parts = (range(G),) * n
+        else:
+            own = shares(G, n) if n <= G else tuple(range(i * G // n, i * G // n + 1) for i in range(n))
         heads += [range(head * G + part.start, head * G + part.stop) for part in own]
         kv_heads_of += [range(head, head + 1)] * n
     return tuple(heads), tuple(kv_heads_of)

@@ -88,16 +88,13 @@ class Ranks:
         Bytes are sent, so every dtype arrives as it is. Narrow parts are filled up to the widest, because
         neither gloo nor NCCL gathers uneven ones in one call.
 
+        Gradients are not sent: what comes out has none.
+
         Raises:
-            InputError: a gradient is recorded, which would end here.
             RankError: a rank ended or is late.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                "gradients: they are not sent between ranks; use one process, or torch.no_grad()"
-            )
         self._answered = False
-        padded = F.pad(x, (0, max(widths) - x.shape[-1])).contiguous()
+        padded = F.pad(x.detach(), (0, max(widths) - x.shape[-1])).contiguous()
         sent = padded.flatten().view(torch.uint8)
         every = torch.empty(self.size, len(sent), dtype=torch.uint8, device=x.device)
         self._talk(lambda: dist.all_gather(list(every), sent))

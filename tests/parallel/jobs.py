@@ -1,0 +1,61 @@
+"""What ranks do in processes of their own: one start serves many comparisons, because starting takes longest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tinyllama
+from tests.shapes import some_ids
+from tinyllama.checkpoints.load import load_model
+from tinyllama.kernels import KERNELS
+from tinyllama.model import Llama
+from tinyllama.parallel.ranks import Ranks
+
+PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is", to SmolLM2
+SAMPLED = {"temperature": 0.8, "top_k": 50, "seed": 7}
+
+
+def values(model: Llama) -> dict[str, Any]:
+    """What a model gives for short and long texts, padded batches and steps from a cache; and the cache."""
+    V = model.config.vocab_size
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for T in (1, 5, 40):
+            found[f"logits of {T}"] = model(some_ids(1, T, V, seed=T))
+        cache = model.new_cache(2, 12)
+        prompts = [some_ids(1, n, V, seed=n)[0].tolist() for n in (9, 4)]
+        found["prefill of a padded batch"] = tinyllama.prefill(model, prompts, cache)
+        first = model.layers[0].self_attn.heads.start * model.kv_heads // len(model.layers[0].self_attn.heads)
+        found["cache"] = first, cache.keys, cache.values
+    prompt = [id % V for id in PROMPT]
+    for name, settings in {
+        "greedy": {},
+        "sampled": SAMPLED,
+        "guessed": {"speculate": 3, **SAMPLED},
+    }.items():
+        found[name] = tinyllama.generate(model, [prompt], max_new_tokens=5, eos_ids=(), **settings)
+    found["ragged"] = tinyllama.generate(model, prompts, max_new_tokens=3, eos_ids=(), **SAMPLED)
+    return found
+
+
+def load_and_compare(ranks: Ranks | None, folder: Path, cases: list[dict[str, Any]]) -> list[Any]:
+    """The values of one checkpoint, loaded in several ways, on this rank."""
+    results = []
+    for case in cases:
+        options = {name: KERNELS[value] if name == "attention" else value for name, value in case.items()}
+        own = {"ranks": ranks, **options} if ranks is not None else options
+        own.pop("split", None) if ranks is None else None
+        results.append(values(load_model(folder, device="cpu", **{"dtype": "float32", **own})))
+    return results
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Of all bits."""
+    joined = hashlib.sha256()
+    for tensor in tensors:
+        joined.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return joined.hexdigest()
