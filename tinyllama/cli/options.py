@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
 from tinyllama.advice import did_you_mean
+from tinyllama.cli import together
 from tinyllama.cli.terminal import piped, read_text
 from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
@@ -68,6 +69,8 @@ def read_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
     """
     if args.prompt and args.file is not None:
         parser.error("give the prompt as an argument or by --file, not both")
+    if not args.prompt and together.rank() > 0:
+        return ""  # rank 0 reads it, for all
     if not args.prompt and args.file is None and not piped():
         parser.error("no prompt: give one as an argument, by --file, or pipe it in")
     if args.system is not None and not args.chat:
@@ -115,6 +118,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads that compute (default: all cores)"
+    )
+    group.add_argument(
+        "--split",
+        choices=["exact", "fast"],
+        help="under torchrun, how the ranks share the model: exact gives the bits of one process, fast sends "
+        "half as many messages; see docs/parallel.md (default: exact)",
     )
 
 
@@ -234,10 +243,17 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
     Raises:
         InputError: see `tinyllama.load`.
     """
+    import torch
+
     from tinyllama.device import usable_device
     from tinyllama.lab.kernel_file import load_kernel
 
+    if args.split and together.size() == 1:
+        raise InputError(f"--split {args.split} is for several ranks; start the script by torchrun")
+    ranks = together.join(on_gpus=args.device.startswith("cuda"))
     device = usable_device(args.device)  # before a download of gigabytes
+    if ranks and device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())  # each rank has its own
     if graph and device.type != "cuda":
         raise InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
     if graph and args.speculate:
@@ -250,6 +266,8 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         weights=weights,
         threads=args.threads,
         graph=graph,
+        ranks=ranks,
+        split=args.split or "exact",
     )
 
 

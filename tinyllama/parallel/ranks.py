@@ -80,6 +80,13 @@ class Ranks:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
         return Ranks(store, rank, size, backend=backend, limit=limit)
 
+    def __str__(self) -> str:
+        """For a line of statistics."""
+        return (
+            f"{self.size}; this one read {self.bytes_read / 1e6:,.0f} MB of weights, received "
+            f"{self.received / 1e6:,.1f} MB, and was {self.seconds:.1f} s in collectives"
+        )
+
     # What is sent in every pass
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
