@@ -1,4 +1,4 @@
-"""What ranks do in processes of their own: one start serves many comparisons, because starting takes longest."""
+"""What ranks do in processes of their own; one start serves many comparisons, because it takes longest."""
 
 from __future__ import annotations
 

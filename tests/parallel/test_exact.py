@@ -20,8 +20,8 @@ from tinyllama.model import Llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Sizes of which eight ranks have 16 rows each, at least.
-WIDE = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 16}
+# Sizes of which eight ranks have 32 rows each, at least.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
 
 
 def assert_same(one: dict[str, Any], ranks: list[dict[str, Any]], tolerance: float = 0.0) -> None:
@@ -64,13 +64,13 @@ def test_random_sizes(K, G, size, odd, tied):
     model = model_with(
         num_attention_heads=K * G,
         num_key_value_heads=K,
-        hidden_size=128 + odd,
-        intermediate_size=256 + 3 * odd,
-        vocab_size=128 + 7 * odd,
+        hidden_size=256 + odd,
+        intermediate_size=512 + 3 * odd,
+        vocab_size=256 + 7 * odd,
         num_hidden_layers=1,
         tie_word_embeddings=tied,
     )
-    ids = some_ids(2, 9, 128)
+    ids = some_ids(2, 9, 256)
     with torch.no_grad():
         one = model(ids)
     for logits in in_threads(model, size, lambda part: part(ids)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from tinyllama.progress import escape
@@ -55,9 +55,13 @@ def join(on_gpus: bool) -> Ranks | None:
 
 def share(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on all ranks; JSON must be able to write it."""
-    if not _joined:
-        return make()
-    return _joined[0].share(make() if rank() == 0 else None)
+    return _joined[0].share(make) if _joined else make()
+
+
+def shared(lines: Iterator[str]) -> Iterator[str]:
+    """The lines that rank 0 gets, on all ranks; the others' are not asked for."""
+    while (line := share(lambda: next(lines, None))) is not None:
+        yield line
 
 
 def said_of(error: Exception) -> str:
@@ -76,7 +80,7 @@ def leave(status: int, problem: str | None) -> NoReturn:
         status: the exit status.
         problem: one line for stderr; None if there is nothing to say.
     """
-    first = _joined[0].ends() if _joined else rank() == 0
+    first = _joined[0].ends(alike=status == 2) if _joined else rank() == 0
     if problem is not None and first:
         prefix = f"rank {rank()} of {size()}: " if rank() > 0 else ""
         os.write(_stderr[0] if _stderr else 2, f"error: {prefix}{escape(problem)}\n".encode())

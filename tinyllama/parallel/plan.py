@@ -1,9 +1,9 @@
 """Which part of each weight a rank has: a pure function of the config and the number of ranks.
 
 Heads are dealt out in whole KV groups: a rank has some KV heads and all query heads that read them. Where
-there are more ranks than KV heads, several ranks have the same KV head. In the exact split they all compute the
-whole group, and the first of them counts: PyTorch's sdpa gives other bits for a part of a group. In the fast
-split they share its query heads, as far as these go round.
+there are more ranks than KV heads, several ranks have the same KV head. In the exact split they all compute
+the whole group, and the first of them counts: PyTorch's sdpa gives other bits for a part of a group. In the
+fast split they share its query heads, as far as these go round.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 
 MODES = ("exact", "fast")
-# Rows that stay together. With multiples of 16 PyTorch's float32 products keep their bits; with multiples of
-# 64, a part of the MLP can be the columns of a compiled product, and its 8-bit weights have whole groups.
-ROWS, WIDTH = 16, 64
+# Rows that stay together. In multiples of 16 PyTorch's float32 products kept their bits, in multiples of 32 its
+# bfloat16 ones. In multiples of 64, a part of the MLP can be the columns of a compiled product, and its 8-bit
+# weights have whole groups.
+ROWS, WIDTH = 32, 64
 
 # A dimension's part for every rank, in order.
 Parts = tuple[range, ...]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ import tinyllama
 from tinyllama.checkpoints.headers import StoredTensor
 from tinyllama.errors import InputError
 from tinyllama.parallel.plan import Parts, owners
+
+Value = TypeVar("Value")
 
 SECONDS = 300.0  # how long a rank waits for the others, at each collective
 PRECEDENCE = 0.5  # seconds in which rank 0 may say what all ranks have to say
@@ -63,9 +66,9 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self.limit = rank, size, limit
         self.received, self.bytes_read, self.seconds = 0, 0, 0.0
-        self._store = dist.PrefixStore("tinyllama", store)
-        self._answered = True  # whether no pass is in progress
-        self._stopped = False  # whether Ctrl-C came during one
+        self._store, self._turns = dist.PrefixStore("tinyllama", store), 0
+        self._busy = False  # whether the ranks compute, so that none may leave alone
+        self._stopped = False  # whether Ctrl-C came meanwhile
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         self._talk(
@@ -100,7 +103,7 @@ class Ranks:
         Raises:
             RankError: a rank ended or is late.
         """
-        self._answered = False
+        self._busy = True
         padded = F.pad(x.detach(), (0, max(widths) - x.shape[-1])).contiguous()
         sent = padded.flatten().view(torch.uint8)
         every = torch.empty(self.size, len(sent), dtype=torch.uint8, device=x.device)
@@ -124,8 +127,8 @@ class Ranks:
         if self._stopped:
             chosen = torch.full_like(chosen, STOP)
         self._talk(lambda: dist.broadcast(chosen, src=0))
-        self._answered = True
         if (chosen == STOP).any():
+            self._busy = self._stopped = False
             raise KeyboardInterrupt
         return chosen
 
@@ -136,7 +139,7 @@ class Ranks:
         except RuntimeError as error:
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
             what = f"did not answer within {self.limit:g} s" if late else "ended"
-            raise RankError(f"ranks: another rank {what}; this is rank {self.rank} of {self.size}") from error
+            raise RankError(f"ranks: another rank {what}; look at what it said, and start again") from error
         self.seconds += time.perf_counter() - start
 
     # What happens once
@@ -148,7 +151,7 @@ class Ranks:
             InputError: they have not; on every rank, with the same message.
             RankError: a rank ended or is late.
         """
-        values = self._exchange(what, value)
+        values = self._exchange(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise InputError(
@@ -156,16 +159,29 @@ class Ranks:
                     f"{other:.200} on rank {rank}; start them alike, from the same files"
                 )
 
-    def share(self, value: Any) -> Any:
-        """What rank 0 has, as JSON can write it, on every rank."""
-        return json.loads(self._exchange("shared", json.dumps(value) if self.rank == 0 else "")[0])
+    def share(self, make: Callable[[], Value]) -> Value:
+        """What rank 0 makes, on every rank; JSON must be able to write it.
 
-    def _exchange(self, what: str, value: str) -> list[str]:
+        The others wait as long as rank 0 is there: it may wait for somebody who types.
+        """
+        self._busy = self._stopped = False
+        turn = self._turn()
+        if self.rank > 0:
+            return json.loads(self._get(turn, 0, math.inf))
+        value = make()
+        self._store.set(turn, json.dumps(value))
+        return value
+
+    def _exchange(self, value: str) -> list[str]:
         """What every rank says, in order."""
-        turn = self._store.add(f"turn/{self.rank}", 1)
-        self._store.set(f"{turn}/{what}/{self.rank}", value)
-        end = time.monotonic() + self.limit
-        return [self._get(f"{turn}/{what}/{rank}", rank, end) for rank in range(self.size)]
+        turn, end = self._turn(), time.monotonic() + self.limit
+        self._store.set(f"{turn}/{self.rank}", value)
+        return [self._get(f"{turn}/{rank}", rank, end) for rank in range(self.size)]
+
+    def _turn(self) -> str:
+        """A name for this exchange; every rank counts alike."""
+        self._turns += 1
+        return f"turn {self._turns}"
 
     def _get(self, key: str, rank: int, end: float) -> str:
         while True:
@@ -173,29 +189,29 @@ class Ranks:
                 self._store.wait([key], timedelta(seconds=0.2))
                 return self._store.get(key).decode()
             if self._store.check(["ended"]):
-                raise RankError(f"ranks: another rank ended; this is rank {self.rank} of {self.size}")
+                raise RankError("ranks: another rank ended; look at what it said, and start again")
             if time.monotonic() > end:
                 raise RankError(f"ranks: rank {rank} did not answer within {self.limit:g} s")
 
     # The end
 
     def defer_interrupts(self) -> None:
-        """Let Ctrl-C on rank 0 end the pass that is in progress on all ranks; the others do not hear it."""
+        """While the ranks compute, let Ctrl-C wait for the next id: then it ends the text on all of them."""
 
         def interrupt(*_: object) -> None:
-            if self._answered or self._stopped:  # the second time it is meant at once
+            if not self._busy:
                 raise KeyboardInterrupt
             self._stopped = True
 
         signal.signal(signal.SIGINT, interrupt if self.rank == 0 else signal.SIG_IGN)
 
-    def ends(self) -> bool:
+    def ends(self, alike: bool) -> bool:
         """Tell the others that this rank ends early; whether it is the one to say why.
 
-        Where all ranks fail alike, rank 0 speaks; otherwise the first that fails.
+        The first to end speaks. Where they may all fail alike, as on bad input, rank 0 goes first.
         """
         try:
-            if self.rank > 0:
+            if self.rank > 0 and alike:
                 with contextlib.suppress(dist.DistStoreError):
                     self._store.wait(["ended"], timedelta(seconds=PRECEDENCE))
             return self._store.add("ended", 1) == 1
