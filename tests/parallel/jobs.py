@@ -6,14 +6,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import tinyllama
 from tests.shapes import some_ids
 from tinyllama.checkpoints.load import load_model
+from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
-from tinyllama.parallel.ranks import Ranks
+from tinyllama.parallel import ranks as ranks_module
+from tinyllama.parallel.ranks import RankError, Ranks
 
 PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is", to SmolLM2
 SAMPLED = {"temperature": 0.8, "top_k": 50, "seed": 7}
@@ -37,8 +40,8 @@ def values(model: Llama) -> dict[str, Any]:
         "sampled": SAMPLED,
         "guessed": {"speculate": 3, **SAMPLED},
     }.items():
-        found[name] = tinyllama.generate(model, [prompt], max_new_tokens=5, eos_ids=(), **settings)
-    found["ragged"] = tinyllama.generate(model, prompts, max_new_tokens=3, eos_ids=(), **SAMPLED)
+        found[name] = tinyllama.generate(model, [prompt], max_new_tokens=4, eos_ids=(), **settings)
+    found["ragged"] = tinyllama.generate(model, prompts, max_new_tokens=2, eos_ids=(), **SAMPLED)
     return found
 
 
@@ -59,3 +62,27 @@ def digest(tensors: list[torch.Tensor]) -> str:
     for tensor in tensors:
         joined.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return joined.hexdigest()
+
+
+def refusal(ranks: Ranks, folders: list[Path], versions: list[str]) -> str:
+    """What a rank says of loading its own folder, with its own version of the code."""
+    ranks_module.code_version = lambda: versions[ranks.rank]  # type: ignore[assignment]
+    try:
+        load_model(folders[ranks.rank], device="cpu", dtype="float32", ranks=ranks)
+    except InputError as error:
+        return str(error)
+    return "loaded"
+
+
+def late(ranks: Ranks) -> str:
+    """What rank 0 says of a rank 1 that does not come."""
+    if ranks.rank == 1:
+        ranks._store.wait(["gave up"])
+        ranks.same("answer", "")  # too late
+        return ""
+    patience, ranks.limit = ranks.limit, 1.0
+    with pytest.raises(RankError) as caught:
+        ranks.same("answer", "")
+    ranks.limit = patience
+    ranks._store.set("gave up", "")
+    return str(caught.value)

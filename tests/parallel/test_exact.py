@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoints.folders import HEAD, write
 from tests.fast.compiled import compiled
+from tests.marks import slow
 from tests.parallel.jobs import digest, load_and_compare, values
 from tests.parallel.together import in_processes, in_threads
 from tests.shapes import some_ids, tiny_model
@@ -139,16 +140,18 @@ def test_eight_processes_with_four_layers_of_two_kv_heads(tmp_path):
     assert_same(one, ranks)
 
 
+TRAINED: dict[int, list[dict[str, Any]]] = {
+    2: [{"attention": "eager"}, {"attention": "sdpa", "weights": "stored"}],
+    3: [{"attention": "sdpa", "weights": "int8", "dtype": "bfloat16"}],
+}
+
+
+@slow
 @compiled
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", TRAINED)
 def test_the_trained_model(size, tmp_path, smollm2_folder):
-    cases = [
-        {"attention": "eager"},
-        {"attention": "sdpa", "weights": "stored"},
-        {"attention": "sdpa", "weights": "int8", "dtype": "bfloat16"},
-    ]
-    ones = load_and_compare(None, smollm2_folder, cases)
-    found = in_processes(size, tmp_path / "ranks", load_and_compare, smollm2_folder, cases)
+    ones = load_and_compare(None, smollm2_folder, TRAINED[size])
+    found = in_processes(size, tmp_path / "ranks", load_and_compare, smollm2_folder, TRAINED[size])
     for case, one in enumerate(ones):
         assert_same(one, [results[case] for results in found])
     hashes = {

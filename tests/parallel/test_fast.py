@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise, starmap
 from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,13 +50,13 @@ def simulated(model: Llama, size: int) -> Llama:
     # Written without the plan for the common case: whole groups, one after the other.
     if size <= K:
         ends = [K * rank // size * (H // K) * D for rank in range(size + 1)]
-        columns = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        columns = list(starmap(range, pairwise(ends)))
     else:
         heads = times(Plan.of(model.config, size, "fast").heads, D)
         columns = [heads[rank] for rank in owners(heads)]
     units = -(-model.config.intermediate_size // 64)
     ends = [64 * (units * rank // size) for rank in range(size + 1)]
-    widths = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    widths = list(starmap(range, pairwise(ends)))
     for block in model.layers:
         block.self_attn.o_proj = InParts(block.self_attn.o_proj.weight, columns)
         block.mlp.down_proj = InParts(block.mlp.down_proj.weight, widths)
@@ -64,9 +66,7 @@ def simulated(model: Llama, size: int) -> Llama:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
 def test_it_equals_its_simulation_to_the_bit(heads, kv_heads, size, dtype):
-    model = tiny_model(
-        dtype=dtype, **{**WIDE, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    )
+    model = tiny_model(dtype=dtype, **{**WIDE, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
     texts = [some_ids(1, 1), some_ids(2, 5), some_ids(1, 40)]
 
     def logits(part: Llama) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ def in_processes(size: int, folder: Path, job: Callable[..., Any], *arguments: A
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(SECONDS)
+        process.join(2 * SECONDS)
         if process.is_alive():
             process.kill()
     said = [path.read_text() for path in sorted(folder.glob("*.txt"))]
@@ -116,7 +117,7 @@ def _process(rank: int, size: int, folder: Path, job: Callable[..., Any], argume
         ranks = Ranks(dist.FileStore(str(folder / "store"), size), rank, size, limit=SECONDS)
         torch.save(job(ranks, *arguments), folder / f"{rank}.pt")
         ranks.same("end", "")  # nobody leaves while another still reads
-        dist.destroy_process_group()
-    except BaseException:
+        os._exit(0)  # some tests leave a process group that cannot be taken down in order
+    except Exception:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
         raise SystemExit(1) from None

@@ -16,9 +16,9 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
 
 MODES = ("exact", "fast")
-# Rows that stay together. In multiples of 16 PyTorch's float32 products kept their bits, in multiples of 32 its
-# bfloat16 ones. In multiples of 64, a part of the MLP can be the columns of a compiled product, and its 8-bit
-# weights have whole groups.
+# Rows that stay together. In multiples of 16 PyTorch's float32 products kept their bits, in multiples of 32
+# its bfloat16 ones. In multiples of 64, a part of the MLP can be the columns of a compiled product, and its
+# 8-bit weights have whole groups.
 ROWS, WIDTH = 32, 64
 
 # A dimension's part for every rank, in order.

@@ -6,7 +6,6 @@ names and texts that all ranks can read) serves for what happens once: the hands
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ Value = TypeVar("Value")
 
 SECONDS = 300.0  # how long a rank waits for the others, at each collective
 PRECEDENCE = 0.5  # seconds in which rank 0 may say what all ranks have to say
+LOOK = 0.01  # seconds between two looks into the store
 SAMPLE = 512  # bytes of each tensor that tell checkpoints apart
 STOP = -1  # in place of an id: Ctrl-C
 
@@ -184,14 +184,13 @@ class Ranks:
         return f"turn {self._turns}"
 
     def _get(self, key: str, rank: int, end: float) -> str:
-        while True:
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([key], timedelta(seconds=0.2))
-                return self._store.get(key).decode()
+        while not self._store.check([key]):  # not wait(): it writes to stderr when its time is over
             if self._store.check(["ended"]):
                 raise RankError("ranks: another rank ended; look at what it said, and start again")
             if time.monotonic() > end:
                 raise RankError(f"ranks: rank {rank} did not answer within {self.limit:g} s")
+            time.sleep(LOOK)
+        return self._store.get(key).decode()
 
     # The end
 
@@ -211,9 +210,9 @@ class Ranks:
         The first to end speaks. Where they may all fail alike, as on bad input, rank 0 goes first.
         """
         try:
-            if self.rank > 0 and alike:
-                with contextlib.suppress(dist.DistStoreError):
-                    self._store.wait(["ended"], timedelta(seconds=PRECEDENCE))
+            end = time.monotonic() + (PRECEDENCE if self.rank > 0 and alike else 0)
+            while time.monotonic() < end and not self._store.check(["ended"]):
+                time.sleep(LOOK)
             return self._store.add("ended", 1) == 1
         except RuntimeError:  # the store went with its rank
             return self.rank == 1

@@ -1,0 +1,142 @@
+"""How ranks begin and end: refused alike, told in one line, never a hang."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints.folders import HEAD, weights, write
+from tests.marks import slow, unix
+from tests.parallel import jobs
+from tests.parallel.test_exact import WIDE
+from tests.parallel.together import in_processes
+from tests.shapes import TINY, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "tinyllama.parallel", "--nproc-per-node", "2"]
+SECONDS = 120
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str, launch: list[str] = LAUNCH) -> subprocess.Popen[str]:
+    """A script, as the first of its own group of processes."""
+    return subprocess.Popen(
+        [*launch, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], input: str | None = None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; a hang is killed, and fails."""
+    try:
+        out, err = process.communicate(input, timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
+# The handshake
+
+
+def test_another_checkpoint_or_another_code_on_a_rank_is_refused_alike(tmp_path):
+    right = write(tmp_path / "right")
+    changed = weights()
+    changed["model.norm.weight"] = changed["model.norm.weight"] + 1
+    other = write(tmp_path / "other", changed)
+    found = in_processes(2, tmp_path / "checkpoint", jobs.refusal, [right, other], ["a", "a"])
+    assert len(set(found)) == 1
+    assert "same checkpoint" in found[0]
+    found = in_processes(2, tmp_path / "code", jobs.refusal, [right, right], ["a", "b"])
+    assert len(set(found)) == 1
+    assert "same version of the code" in found[0]
+    assert "got a on rank 0 and b on rank 1" in found[0]
+
+
+def test_a_rank_that_does_not_come_is_given_up(tmp_path):
+    assert "did not answer within 1 s" in in_processes(2, tmp_path / "ranks", jobs.late)[0]
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, smollm2_folder) -> Path:
+    """A model that is loaded and computes in no time, with the trained one's tokenizer."""
+    fields = {**WIDE, "vocab_size": 49152, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    model = tiny_model(**fields)
+    tensors = {n if n == HEAD else f"model.{n}": t.detach().clone() for n, t in model.state_dict().items()}
+    folder = write(tmp_path_factory.mktemp("small"), tensors, **{**TINY, **fields})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2_folder / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["generate", pytest.param("chat", marks=slow)])
+def test_two_ranks_print_once_what_one_process_prints(script, small):
+    command = [f"scripts/{script}.py", "--model", str(small), "-n", "20", "--temperature", "0.8", "--seed=5"]
+    typed = "My name is Ada.\nWhat is my name?\n"
+    one = ended(start(*command, launch=[sys.executable]), typed)
+    assert one[0] == 0
+    assert ended(start(*command), typed) == one
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["scripts/generate.py", "--model", "/nowhere", "hi"], "/nowhere"),
+        pytest.param(["scripts/tokens.py", "hi"], "one process", marks=slow),
+    ],
+)
+def test_a_refused_input_is_one_line_and_status_2(command, said):
+    status, out, err = ended(start(*command))
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def generating(folder: Path) -> subprocess.Popen[str]:
+    """Two ranks in the middle of a text."""
+    process = start("scripts/generate.py", "--model", str(folder), "-n", "4000", "Once upon a time")
+    assert process.stdout is not None
+    process.stdout.read(30)
+    return process
+
+
+@unix
+def test_ctrl_c_ends_all_ranks_with_130(small):
+    process = generating(small)
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = ended(process)
+    assert (status, err) == (130, "")
+    assert out.endswith("\n")
+
+
+@unix
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
+def test_a_killed_rank_ends_the_others_with_one_line(rank, small):
+    process = generating(small)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "another rank ended" in err
