@@ -13,13 +13,12 @@ import tinyllama
 from tests.shapes import some_ids
 from tinyllama.checkpoints.load import load_model
 from tinyllama.errors import InputError
-from tinyllama.kernels import KERNELS
 from tinyllama.model import Llama
 from tinyllama.parallel import ranks as ranks_module
 from tinyllama.parallel.ranks import RankError, Ranks
 
 PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is", to SmolLM2
-SAMPLED = {"temperature": 0.8, "top_k": 50, "seed": 7}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "seed": 7}
 
 
 def values(model: Llama) -> dict[str, Any]:
@@ -32,14 +31,16 @@ def values(model: Llama) -> dict[str, Any]:
         cache = model.new_cache(2, 12)
         prompts = [some_ids(1, n, V, seed=n)[0].tolist() for n in (9, 4)]
         found["prefill of a padded batch"] = tinyllama.prefill(model, prompts, cache)
-        first = model.layers[0].self_attn.heads.start * model.kv_heads // len(model.layers[0].self_attn.heads)
+        heads = model.attentions[0].heads
+        first = heads.start * model.kv_heads // len(heads)  # KV head
         found["cache"] = first, cache.keys, cache.values
     prompt = [id % V for id in PROMPT]
-    for name, settings in {
+    ways: dict[str, dict[str, Any]] = {
         "greedy": {},
         "sampled": SAMPLED,
         "guessed": {"speculate": 3, **SAMPLED},
-    }.items():
+    }
+    for name, settings in ways.items():
         found[name] = tinyllama.generate(model, [prompt], max_new_tokens=4, eos_ids=(), **settings)
     found["ragged"] = tinyllama.generate(model, prompts, max_new_tokens=2, eos_ids=(), **SAMPLED)
     return found
@@ -47,13 +48,8 @@ def values(model: Llama) -> dict[str, Any]:
 
 def load_and_compare(ranks: Ranks | None, folder: Path, cases: list[dict[str, Any]]) -> list[Any]:
     """The values of one checkpoint, loaded in several ways, on this rank."""
-    results = []
-    for case in cases:
-        options = {name: KERNELS[value] if name == "attention" else value for name, value in case.items()}
-        own = {"ranks": ranks, **options} if ranks is not None else options
-        own.pop("split", None) if ranks is None else None
-        results.append(values(load_model(folder, device="cpu", **{"dtype": "float32", **own})))
-    return results
+    usual: dict[str, Any] = {"device": "cpu", "dtype": "float32", "ranks": ranks}
+    return [values(load_model(folder, **{**usual, **case})) for case in cases]
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
@@ -66,7 +62,7 @@ def digest(tensors: list[torch.Tensor]) -> str:
 
 def refusal(ranks: Ranks, folders: list[Path], versions: list[str]) -> str:
     """What a rank says of loading its own folder, with its own version of the code."""
-    ranks_module.code_version = lambda: versions[ranks.rank]  # type: ignore[assignment]
+    ranks_module.code_version = lambda: versions[ranks.rank]
     try:
         load_model(folders[ranks.rank], device="cpu", dtype="float32", ranks=ranks)
     except InputError as error:

@@ -22,7 +22,7 @@ from tinyllama.model import Llama
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Sizes of which eight ranks have 32 rows each, at least.
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
 
 
 def assert_same(one: dict[str, Any], ranks: list[dict[str, Any]], tolerance: float = 0.0) -> None:
@@ -103,7 +103,7 @@ def test_what_is_captured_is_the_rank_s_part_or_the_whole():
     def captured(part: Llama) -> tuple[range, dict[str, torch.Tensor]]:
         with torch.no_grad(), tinyllama.capture(part, *addresses) as found:
             part(ids)
-        return part.layers[1].self_attn.heads, found
+        return part.attentions[1].heads, found
 
     _, one = captured(model)
     parts = in_threads(model, 2, captured)

@@ -35,11 +35,14 @@ class InParts(nn.Module):
         self.weight, self.columns = weight, columns
 
     def forward(self, x: Tensor) -> Tensor:
-        total = None
-        for part in self.columns:
-            place = slice(part.start, part.stop)
-            one = F.linear(x[..., place].float().contiguous(), self.weight[:, place].float().contiguous())
-            total = one if total is None else total + one
+        places = [slice(part.start, part.stop) for part in self.columns]
+        parts = [
+            F.linear(x[..., place].float().contiguous(), self.weight[:, place].float().contiguous())
+            for place in places
+        ]
+        total = parts[0]
+        for one in parts[1:]:
+            total = total + one
         return total.to(x.dtype)
 
 
@@ -57,9 +60,10 @@ def simulated(model: Llama, size: int) -> Llama:
     units = -(-model.config.intermediate_size // 64)
     ends = [64 * (units * rank // size) for rank in range(size + 1)]
     widths = list(starmap(range, pairwise(ends)))
-    for block in model.layers:
-        block.self_attn.o_proj = InParts(block.self_attn.o_proj.weight, columns)
-        block.mlp.down_proj = InParts(block.mlp.down_proj.weight, widths)
+    for path, module in list(model.named_modules()):
+        if path.endswith(("o_proj", "down_proj")):
+            parts = columns if path.endswith("o_proj") else widths
+            model.set_submodule(path, InParts(module.get_parameter("weight"), parts))
     return model
 
 
