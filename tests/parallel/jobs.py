@@ -15,6 +15,7 @@ from tinyllama.checkpoints.load import load_model
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
 from tinyllama.parallel import ranks as ranks_module
+from tinyllama.parallel.plan import Plan
 from tinyllama.parallel.ranks import RankError, Ranks
 
 PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is", to SmolLM2
@@ -82,3 +83,15 @@ def late(ranks: Ranks) -> str:
     ranks.limit = patience
     ranks._store.set("gave up", "")
     return str(caught.value)
+
+
+def traffic(ranks: Ranks, folder: Path) -> list[int]:
+    """Bytes that a rank receives for one token, in each split: counted, and as planned."""
+    found = []
+    for split in ("exact", "fast"):
+        model = load_model(folder, device="cpu", dtype="float32", ranks=ranks, split=split)
+        before = ranks.received
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long))
+        found += [ranks.received - before, Plan.of(model.config, ranks.size, split).received(4)]
+    return found

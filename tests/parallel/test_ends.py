@@ -71,6 +71,14 @@ def test_another_checkpoint_or_another_code_on_a_rank_is_refused_alike(tmp_path)
     assert "got a on rank 0 and b on rank 1" in found[0]
 
 
+def test_as_many_bytes_are_received_as_planned(tmp_path):
+    for counted, planned, counted_fast, planned_fast in in_processes(
+        3, tmp_path / "ranks", jobs.traffic, write(tmp_path / "model")
+    ):
+        assert counted == planned > 0
+        assert counted_fast == planned_fast > 0
+
+
 def test_a_rank_that_does_not_come_is_given_up(tmp_path):
     assert "did not answer within 1 s" in in_processes(2, tmp_path / "ranks", jobs.late)[0]
 

@@ -120,6 +120,21 @@ class Plan:
         """How many numbers a rank has of weights of these shapes."""
         return sum(math.prod(self.cut(name).shape(shape, rank)) for name, shape in shapes.items())
 
+    def received(self, itemsize: int) -> int:
+        """Bytes that a rank receives for one token, with activations of that size; see `layers`."""
+        C, L, others = self.config.hidden_size, self.config.num_hidden_layers, self.ranks - 1
+        if self.mode == "exact":
+            z, mlp, hidden = (_widest(parts) for parts in (self.heads, self.mlp, self.hidden))
+            layer = (z * self.config.head_dim + mlp + 2 * hidden) * itemsize
+        else:
+            layer = 2 * C * max(itemsize, 4)  # partial sums, in float32 at least
+        return others * (L * layer + (C + _widest(self.vocabulary)) * itemsize)
+
+
+def _widest(parts: Parts) -> int:
+    """What every rank sends: narrower parts are filled up."""
+    return max(map(len, parts))
+
 
 def shares(total: int, ranks: int, unit: int = 1) -> Parts:
     """0 to `total` in as even parts as whole units allow; in smaller units where they would not go round."""
