@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.folders import HEAD, weights, write
+from tests.fast.compiled import compiled
 from tests.marks import slow, unix
 from tests.parallel import jobs
 from tests.parallel.test_exact import WIDE
@@ -147,4 +150,63 @@ def test_a_killed_rank_ends_the_others_with_one_line(rank, small):
     status, _, err = ended(process)
     assert status == 1
     assert err.count("\n") == 1
-    assert "another rank ended" in err
+    assert f"rank {rank} was ended by SIGKILL" in err
+
+
+@slow
+@unix
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rank_killed_at_any_moment_is_told_in_one_line(seed, small):
+    draw = random.Random(seed)
+    process = start("scripts/generate.py", "--model", str(small), "-n", "4000", "Once upon a time")
+    # Up to the first look the ranks import, load, and meet; then they compute.
+    characters, looks = draw.choice([0, 0, 20, 200]), draw.randrange(2000)
+    assert process.stdout is not None
+    process.stdout.read(characters)
+    while len(ranks_of(process)) < 2 or (looks := looks - 1) > 0:
+        assert process.poll() is None
+    rank = draw.randrange(2)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert f"rank {rank} was ended by SIGKILL" in err
+
+
+@slow
+@unix
+def test_plain_torchrun_ends_too_and_a_rank_says_why(small):
+    launch = [sys.executable, "-m", "torch.distributed.run", *LAUNCH[3:]]
+    process = start("scripts/generate.py", "--model", str(small), "-n", "4000", "Once", launch=launch)
+    assert process.stdout is not None
+    process.stdout.read(20)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("error: ranks: another rank ended") == 1
+
+
+@slow
+@compiled
+def test_a_rank_reads_and_keeps_its_part_alone(smollm2_folder):
+    """Its peak is at most 1.15 of its share and 300 MB, which Python and PyTorch take."""
+    for split, share in (("exact", 258.0), ("fast", 251.4)):
+        command = [
+            "scripts/generate.py",
+            "--model",
+            str(smollm2_folder),
+            "-n",
+            "4",
+            "--stats",
+            "--split",
+            split,
+        ]
+        status, _, err = ended(start(*command, "Hi"))
+        assert status == 0
+        peak, read = (
+            float(re.search(pattern, err)[1].replace(",", ""))
+            for pattern in (r"memory +([\d,]+) MB", r"read ([\d,]+) MB")
+        )
+        assert read == pytest.approx(share, abs=1)
+        assert peak <= 1.15 * share + 300

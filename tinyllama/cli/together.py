@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+LAUNCHED = (
+    "TINYLLAMA_LAUNCHED"  # set where `python -m tinyllama.parallel` started this, and says who was killed
+)
+
 # What this process has, for how it ends: its place among the ranks, and the stderr that it was silenced on.
 _joined: list[Ranks] = []
 _stderr: list[int] = []
@@ -64,10 +68,12 @@ def shared(lines: Iterator[str]) -> Iterator[str]:
         yield line
 
 
-def said_of(error: Exception) -> str:
-    """The one line for a lost rank; a mistake in the code is shown in full as well."""
+def said_of(error: Exception) -> str | None:
+    """The line for a lost rank, if its launcher says none; a mistake in the code is shown in full as well."""
     name, lines = type(error).__name__, str(error).splitlines()
-    if name == "RankError":
+    if name == "RankEndedError" and LAUNCHED in os.environ:
+        return None
+    if name in ("RankError", "RankEndedError"):
         return lines[0]
     traceback.print_exc()
     return f"{name}: {lines[0] if lines else 'no message'}"

@@ -40,6 +40,13 @@ class RankError(RuntimeError):
     """Another rank ended, or did not answer in time."""
 
 
+class RankEndedError(RankError):
+    """Another rank ended: it said why, or was killed."""
+
+    def __init__(self) -> None:
+        super().__init__("ranks: another rank ended; look at what it said, and start again")
+
+
 class Ranks:
     """One process among those that compute a model together.
 
@@ -137,9 +144,9 @@ class Ranks:
         try:
             send()
         except RuntimeError as error:
-            late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            what = f"did not answer within {self.limit:g} s" if late else "ended"
-            raise RankError(f"ranks: another rank {what}; look at what it said, and start again") from error
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                raise RankError(f"ranks: another rank did not answer within {self.limit:g} s") from error
+            raise RankEndedError from error
         self.seconds += time.perf_counter() - start
 
     # What happens once
@@ -186,7 +193,7 @@ class Ranks:
     def _get(self, key: str, rank: int, end: float) -> str:
         while not self._store.check([key]):  # not wait(): it writes to stderr when its time is over
             if self._store.check(["ended"]):
-                raise RankError("ranks: another rank ended; look at what it said, and start again")
+                raise RankEndedError
             if time.monotonic() > end:
                 raise RankError(f"ranks: rank {rank} did not answer within {self.limit:g} s")
             time.sleep(LOOK)
