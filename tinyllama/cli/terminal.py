@@ -55,10 +55,10 @@ def run(main: Callable[[], int | None], ranks: bool = False) -> None:
         status = CLOSED_PIPE
     except Exception as error:
         problem, status = said_by_others(error), 2
-        if problem is None and together.size() > 1:
-            problem, status = together.said_of(error), 1
-        if problem is None:
+        if problem is None and together.size() == 1:
             raise
+        if problem is None:
+            problem, status = together.said_of(error), 1
     if status and together.size() > 1:
         together.leave(status, problem)
     if problem is not None:
