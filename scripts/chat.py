@@ -50,7 +50,7 @@ def main() -> int:
     args = parse()
     warnings.showwarning = options.note_warning
     settings = options.sampling(args)
-    model, tokenizer = options.load(args, args.weights, args.graph)
+    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 

@@ -35,7 +35,7 @@ def main() -> int:
         settings["seed"] = secrets.randbits(32)  # --stats shows it, so that the run can be repeated
 
     start = time.perf_counter()
-    model, tokenizer = options.load(args, args.weights, args.graph)
+    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
     load_seconds = time.perf_counter() - start
 
     ids = together.share(lambda: prompt_ids(args, tokenizer))

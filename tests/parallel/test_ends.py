@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import re
@@ -20,6 +21,9 @@ from tests.parallel import jobs
 from tests.parallel.test_exact import WIDE
 from tests.parallel.together import in_processes
 from tests.shapes import TINY, tiny_model
+from tinyllama.cli import options
+from tinyllama.errors import InputError
+from tinyllama.parallel.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "tinyllama.parallel", "--nproc-per-node", "2"]
@@ -210,3 +214,12 @@ def test_a_rank_reads_and_keeps_its_part_alone(smollm2_folder):
         )
         assert read == pytest.approx(share, abs=1)
         assert peak <= 1.15 * share + 300
+
+
+def test_without_torchrun_there_are_no_ranks_to_join(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="start the script by torchrun"):
+        Ranks.from_environment()
+    with pytest.raises(InputError, match="--split fast is for several ranks"):
+        options.load(argparse.Namespace(), split="fast")

@@ -119,12 +119,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads that compute (default: all cores)"
     )
-    group.add_argument(
-        "--split",
-        choices=["exact", "fast"],
-        help="under torchrun, how the ranks share the model: exact gives the bits of one process, fast sends "
-        "half as many messages; see docs/parallel.md (default: exact)",
-    )
 
 
 def add_speed_options(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +129,12 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
         "bits, some four times as fast",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["exact", "fast"],
+        help="under torchrun, how the ranks share the model: exact gives the bits of one process, fast sends "
+        "half as many messages; see docs/parallel.md (default: exact)",
     )
 
 
@@ -237,23 +237,26 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
-def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
-    """The model and tokenizer that the options name; `weights` and `graph` as in `tinyllama.load`.
+def load(
+    args: argparse.Namespace, weights: str = "exact", graph: bool = False, split: str | None = None
+) -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the options name; the others are those of `tinyllama.load`.
 
     Raises:
         InputError: see `tinyllama.load`.
     """
-    import torch
-
     from tinyllama.device import usable_device
     from tinyllama.lab.kernel_file import load_kernel
 
-    if args.split and together.size() == 1:
-        raise InputError(f"--split {args.split} is for several ranks; start the script by torchrun")
-    ranks = together.join(on_gpus=args.device.startswith("cuda"))
+    if split and together.size() == 1:
+        raise InputError(f"--split {split} is for several ranks; start the script by torchrun")
+    if together.size() > 1 and (graph or args.device not in ("cpu", "cuda")):
+        got = "--graph" if graph else f"--device {args.device}"
+        raise InputError(
+            f"{got}: several ranks take --device cpu, or cuda, which gives each a GPU of its own"
+        )
     device = usable_device(args.device)  # before a download of gigabytes
-    if ranks and device == torch.device("cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())  # each rank has its own
+    ranks = together.join(on_gpus=device.type == "cuda")
     if graph and device.type != "cuda":
         raise InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
     if graph and args.speculate:
@@ -267,7 +270,7 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         threads=args.threads,
         graph=graph,
         ranks=ranks,
-        split=args.split or "exact",
+        split=split or "exact",
     )
 
 

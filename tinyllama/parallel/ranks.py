@@ -86,8 +86,20 @@ class Ranks:
 
     @staticmethod
     def from_environment(backend: str = "gloo", limit: float = SECONDS) -> Ranks:
-        """The ranks that torchrun started."""
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+        """The ranks that torchrun started.
+
+        Raises:
+            InputError: torchrun did not start this process.
+            RankError: the others did not come.
+        """
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+        except ValueError as error:
+            raise InputError(f"ranks: start the script by torchrun ({error})") from error
+        except RuntimeError as error:
+            raise RankError(
+                f"ranks: the others did not come within {limit:g} s; start all of them"
+            ) from error
         return Ranks(store, rank, size, backend=backend, limit=limit)
 
     def __str__(self) -> str:
