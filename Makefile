@@ -17,7 +17,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parity-quick lab explore learn fuzz bench bench-peers lint format clean
+.PHONY: help setup generate chat test parity parallel parity-quick lab explore learn fuzz bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: $(DEV) ## run the tests
 
 parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a float64 oracle
 	@$(BIN)/python scripts/parity.py --html parity.html
+
+parallel: $(DEV) ## prove several processes: the trained model on 2 and 3 of them, and ranks that are killed
+	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/parallel
 
 parity-quick: $(DEV) ## the same on less, in a minute
 	@$(BIN)/python scripts/parity.py --quick

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tinyllama
 from tinyllama.advice import did_you_mean
-from tinyllama.cli import options, terminal
+from tinyllama.cli import options, terminal, together
 from tinyllama.errors import InputError
 from tinyllama.progress import note
 
@@ -50,7 +50,7 @@ def main() -> int:
     args = parse()
     warnings.showwarning = options.note_warning
     settings = options.sampling(args)
-    model, tokenizer = options.load(args, args.weights, args.graph)
+    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 
@@ -65,7 +65,7 @@ def main() -> int:
     if not piped:
         note(f"{tokenizer.name}, weights {args.weights}, a context of {conversation.context} tokens")
         note(f"{in_words(settings)}; /help lists the commands, Ctrl-D leaves")
-    for line in piped_lines() if piped else typed_lines():
+    for line in together.shared(piped_lines() if piped else typed_lines()):
         try:
             if not respond(conversation, line, settings):
                 break
@@ -172,6 +172,8 @@ def obey(conversation: Conversation, line: str, settings: dict[str, Any]) -> boo
     elif command == "/system":
         others = [m for m in conversation.messages if m["role"] != "system"]
         conversation.messages = options.system_message(argument or None) + others
+    elif command in ("/save", "/save!") and together.rank() > 0:
+        pass  # rank 0 writes
     elif command in ("/save", "/save!"):
         if command == "/save" and os.path.exists(path):  # False for a name that no file can have
             raise InputError(f"{path}: exists already; /save! overwrites it")
@@ -234,4 +236,4 @@ def show_stats(conversation: Conversation) -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    terminal.run(main, ranks=True)

@@ -14,7 +14,7 @@ import time
 import warnings
 
 import tinyllama
-from tinyllama.cli import options, terminal
+from tinyllama.cli import options, terminal, together
 from tinyllama.progress import note
 
 EXAMPLES = """\
@@ -22,7 +22,8 @@ EXAMPLES = """\
   python scripts/generate.py --model smollm2 --chat "What is the capital of France?"
   python scripts/generate.py --temperature 0.7 --top-k 50 --top-p 0.9 --seed 42 "Once upon a time"
   python scripts/generate.py --file letter.txt --stop "Yours sincerely" --stats
-  echo "Greetings!" | python scripts/generate.py | head -c 80"""
+  echo "Greetings!" | python scripts/generate.py | head -c 80
+  torchrun --nproc-per-node 2 scripts/generate.py --model smollm2 "Greetings!"    on two processes"""
 
 
 def main() -> int:
@@ -34,10 +35,10 @@ def main() -> int:
         settings["seed"] = secrets.randbits(32)  # --stats shows it, so that the run can be repeated
 
     start = time.perf_counter()
-    model, tokenizer = options.load(args, args.weights, args.graph)
+    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
     load_seconds = time.perf_counter() - start
 
-    ids = prompt_ids(args, tokenizer)
+    ids = together.share(lambda: prompt_ids(args, tokenizer))
     tokens = tinyllama.stream(model, ids, **settings)
     reply = tinyllama.TextReply(tokens, tokenizer, ids, args.stop)
     problem = None
@@ -68,6 +69,8 @@ def main() -> int:
         if tokens.speculation:
             note(f"guesses  {tokens.speculation}")
         note(f"memory   {peak_memory(args.device)}")
+        if ranks := together.join(on_gpus=False):
+            note(f"ranks    {ranks}")
         note(f"seed     {settings['seed'] if settings['temperature'] else 'none: greedy'}")
         note(f"ended by {problem or reply.reason}")
     if problem:
@@ -128,4 +131,4 @@ def peak_memory(device: str) -> str:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    terminal.run(main, ranks=True)

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyllama.cli import options, terminal
 from tinyllama.errors import InputError
@@ -33,6 +33,7 @@ EXAMPLES = """\
   python scripts/summary.py smollm2
   python scripts/summary.py weights/SmolLM2-135M-Instruct/config.json
   python scripts/summary.py meta-llama/Llama-3.2-1B       fetches its config.json, no weights
+  python scripts/summary.py --ranks 8                     who has what of 8 processes
   python scripts/summary.py --json | python -m json.tool"""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,6 +51,7 @@ class Summary(NamedTuple):
     weight_bytes: dict[str, int]  # by dtype
     kv_cache_bytes: dict[str, dict[str, int]]  # for this model, and as MHA and MQA would need
     flops_per_token: dict[int, int]  # by the number of keys that the token attends to
+    ranks: dict[str, Any] | None  # what each process has under --ranks
 
 
 def main() -> None:
@@ -61,6 +63,15 @@ def main() -> None:
         help="a name on the Hub, a folder, a config.json, or smollm2 (default: TinyLlama-1.1B-Chat)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--ranks", type=options.positive, metavar="N", help="what each of N processes has of the weights"
+    )
+    parser.add_argument(
+        "--split",
+        choices=["exact", "fast"],
+        default="exact",
+        help="how they share them; see docs/parallel.md (default: %(default)s)",
+    )
     args = parser.parse_args()
 
     title, config = find_config(args.model)
@@ -72,6 +83,7 @@ def main() -> None:
         weight_bytes={dtype: size * model.num_parameters() for dtype, size in BYTES.items()},
         kv_cache_bytes=kv_cache_bytes(config),
         flops_per_token={keys: flops(config, keys) for keys in context_points(config)},
+        ranks=None if args.ranks is None else shared(model, args.ranks, args.split),
     )
     if args.json:
         print(json.dumps(summary._asdict() | {"config": dataclasses.asdict(config)}, indent=2))
@@ -143,6 +155,49 @@ def flops(config: LlamaConfig, keys: int) -> int:
     return 2 * (parts["attention"] + parts["mlp"] + head + attending)
 
 
+def shared(model: Llama, ranks: int, split: str) -> dict[str, Any]:
+    """Which part of each weight every rank has, their sizes, and what each receives for a token."""
+    from tinyllama.parallel.plan import Plan
+
+    plan = Plan.of(model.config, ranks, split)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    numbers = [plan.parameters(shapes, rank) for rank in range(ranks)]
+    cuts = {name: plan.cut(name) for name in shapes}
+    return {
+        "split": split,
+        "weights": {
+            name: {"axis": cut.axis, "parts": [[part.start, part.stop] for part in cut.parts]}
+            for name, cut in cuts.items()
+        },
+        "parameters": numbers,
+        "weight_bytes": {dtype: [size * number for number in numbers] for dtype, size in BYTES.items()},
+        "kv_heads": [[part.start, part.stop] for part in plan.kv_heads],
+        "received_bytes_per_token": {dtype: plan.received(size) for dtype, size in BYTES.items()},
+    }
+
+
+def rank_tables(figures: dict[str, Any]) -> list[Table]:
+    """The plan, for a reader. Layers are alike, so the first one stands for all; norms are on every rank."""
+    cuts = {name.split(".")[-2]: cut for name, cut in figures["weights"].items() if cut["parts"]}
+    kinds = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "embed_tokens"]
+    titles = ["q", "k, v", "o", "gate, up", "down", "embed, head"]
+    heads = [
+        f"{title} {'columns' if cuts[kind]['axis'] else 'rows'}"
+        for kind, title in zip(kinds, titles, strict=True)
+    ]
+    parts = table(f"Rank, {figures['split']} split", *heads)
+    sizes = table("Rank", "parameters", *(f"{dtype} bytes" for dtype in BYTES))
+    for rank, number in enumerate(figures["parameters"]):
+        ranges = (cuts[kind]["parts"][rank] for kind in kinds)
+        parts.add_row(str(rank), *(f"{start}-{stop - 1}" for start, stop in ranges))
+        nbytes = (numbers[rank] for numbers in figures["weight_bytes"].values())
+        sizes.add_row(str(rank), f"{number:,}", *(f"{size:,}" for size in nbytes))
+    received = table("A rank receives", "bytes a token")
+    for dtype, number in figures["received_bytes_per_token"].items():
+        received.add_row(dtype, f"{number:,}")
+    return [parts, sizes, received]
+
+
 def show(summary: Summary, model: Llama) -> None:
     """The module tree and the figures, for a reader."""
     console = TableConsole()
@@ -170,7 +225,8 @@ def show(summary: Summary, model: Llama) -> None:
     for keys, number in summary.flops_per_token.items():
         work.add_row(f"{keys - 1:,} tokens before it", f"{number:,}")
 
-    for each in (fields, parameters, weights, cache, work):
+    ranks = [] if summary.ranks is None else rank_tables(summary.ranks)
+    for each in (fields, parameters, weights, cache, work, *ranks):
         console.print(each)
         console.print()
 

@@ -24,7 +24,7 @@ def inputs(dtype=torch.float32, seed=0):
 def context(positions, causal=False, taps=None):
     tap = (lambda x: x) if taps is None else (lambda x: taps.append(x) or x)
     mask = AttentionMask.of(positions, positions, causal, ROTARY)
-    return AttentionContext(mask, D**-0.5, 0, tap, tap)
+    return AttentionContext(mask, D**-0.5, 0, tap, tap, range(H), H)
 
 
 @kernels
@@ -70,7 +70,7 @@ def context_of_one(t, start):
     mask = AttentionMask(
         torch.ones(B, 1, 1, t + 1 - start, dtype=torch.bool), keys[:, -1:], keys, False, ROTARY
     )
-    return AttentionContext(mask, D**-0.5, 0, lambda x: x, lambda x: x)
+    return AttentionContext(mask, D**-0.5, 0, lambda x: x, lambda x: x, range(H), H)
 
 
 def test_the_pattern_sums_to_one_and_is_zero_where_masked():

@@ -218,7 +218,7 @@ def test_a_gradient_goes_through_each_heads_own_kernel():
     weight = torch.randn(B, H, T, 8, generator=generator)
     positions = torch.arange(T).expand(B, T)
     mask = AttentionMask.of(positions, positions, True, tiny_model().rotary)
-    context = AttentionContext(mask, 8**-0.5, 0, lambda x: x, lambda x: x)
+    context = AttentionContext(mask, 8**-0.5, 0, lambda x: x, lambda x: x, range(H), H)
 
     def gradients(kernel, heads):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]

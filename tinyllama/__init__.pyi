@@ -20,6 +20,8 @@ from .hooks import addresses as addresses
 from .hooks import capture as capture
 from .hooks import patch as patch
 from .model import Llama as Llama
+from .parallel.ranks import RankError as RankError
+from .parallel.ranks import Ranks as Ranks
 from .rope_scaling import RopeScaling as RopeScaling
 from .sampler import NonFiniteLogitsError as NonFiniteLogitsError
 from .sampler import Sampler as Sampler

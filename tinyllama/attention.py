@@ -67,6 +67,8 @@ class AttentionContext:
         layer: index of the layer.
         scores: a tap: pass the scores (B, H, T, S) through it and they can be read or replaced from outside.
         pattern: a tap for the attention pattern (B, H, T, S).
+        heads: which query heads of the layer these are: all, unless several processes share them (parallel/).
+        num_heads: how many query heads the layer has.
     """
 
     mask: AttentionMask
@@ -74,6 +76,8 @@ class AttentionContext:
     layer: int
     scores: Callable[[Tensor], Tensor]
     pattern: Callable[[Tensor], Tensor]
+    heads: range
+    num_heads: int
 
     def where(self, also: Tensor) -> AttentionContext:
         """The same context with fewer keys to see; see `AttentionMask.where`."""
@@ -165,6 +169,7 @@ class Attention(nn.Module):
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer = layer
         self.head_dim = D
+        self.heads, self.num_heads = range(H), H  # this process' query heads, and how many there are
         self.kernel: Kernel = sdpa
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
@@ -193,7 +198,9 @@ class Attention(nn.Module):
         q, k = self.q_rot(rotate(q, *rotation)), self.k_rot(rotate(k, *rotation))
         if cache is not None:
             k, v = cache.write(self.layer, mask, k, v)  # (B, K, S, D)
-        context = AttentionContext(mask, self.head_dim**-0.5, self.layer, self.scores, self.pattern)
+        context = AttentionContext(
+            mask, self.head_dim**-0.5, self.layer, self.scores, self.pattern, self.heads, self.num_heads
+        )
         z = self.kernel(q, k, v, context)  # (B, H, T, D)
         check_result(z, q, self.kernel)
         return self.o_proj(self.z(z).transpose(1, 2).flatten(2))

@@ -27,6 +27,8 @@ class KVCache:
     lengths. How long the rows are, only the caller knows then; attention reads the whole capacity behind a
     mask, and `first` gives a smaller view of the same memory to save work.
 
+    `kv_heads` is K; None takes the config's.
+
     Attributes:
         keys: (L, B, K, 1 + capacity, D). Position p lives in slot p + 1; slot 0 takes what padding writes.
         values: (L, B, K, 1 + capacity, D).
@@ -44,8 +46,10 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        kv_heads: int | None = None,
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, 1 + capacity, config.head_dim)
+        K = config.num_key_value_heads if kv_heads is None else kv_heads
+        shape = (config.num_hidden_layers, batch, K, 1 + capacity, config.head_dim)
         check_memory("the KV cache", 2 * math.prod(shape) * dtype.itemsize, torch.device(device))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -201,7 +201,7 @@ def _steps(
     seen = _seen(prompts, model.config.vocab_size, device)
 
     def choose(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
-        chosen = sampler.choose(logits, generator, seen)
+        chosen = model.agree(sampler.choose(logits, generator, seen))
         seen.scatter_(1, chosen[:, None], True)
         return chosen
 

@@ -137,7 +137,7 @@ class ByHead(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """As any kernel."""
-        chosen = torch.tensor([head in self.heads for head in range(q.shape[1])], device=q.device)
+        chosen = torch.tensor([head in self.heads for head in context.heads], device=q.device)
         chosen = chosen[:, None, None]  # (H, 1, 1)
         scores, pattern = _Merged(context.scores, chosen), _Merged(context.pattern, chosen)
         first = replace(context, scores=scores.first, pattern=pattern.first)

@@ -86,6 +86,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Takes decode steps in place of the model where one is set: a recording (see fast/graph.py).
         self.step: Callable[[Tensor, KVCache, Tensor], Tensor] | None = None
+        self.kv_heads = config.num_key_value_heads  # in this process; see parallel/
         self.tie_weights()
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
@@ -135,9 +136,14 @@ class Llama(nn.Module):
         """The steps of a generation. What makes a model fast puts its checks around them here; see fast/."""
         return steps
 
+    def agree(self, chosen: Tensor) -> Tensor:
+        """The ids chosen in a step, (B,). Where processes share the model, the first one's; see parallel/."""
+        return chosen
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""
-        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=self.embed_tokens.weight.device)
+        device = self.embed_tokens.weight.device
+        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=device, kv_heads=self.kv_heads)
 
     @property
     def dtype(self) -> torch.dtype:

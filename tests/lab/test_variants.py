@@ -46,11 +46,17 @@ def inputs(heads=H, kv_heads=K, length=T, dtype=torch.float64, seed=0):
     ]
 
 
-def context(length=T, layer=0, scores=lambda x: x, pattern=lambda x: x, shift=0):
+def context(length=T, layer=0, scores=lambda x: x, pattern=lambda x: x, shift=0, heads=range(H)):
     """That of two whole texts."""
     positions = torch.arange(shift, shift + length).expand(2, -1)
     return AttentionContext(
-        AttentionMask.of(positions, positions, shift == 0, ROTARY), D**-0.5, layer, scores, pattern
+        AttentionMask.of(positions, positions, shift == 0, ROTARY),
+        D**-0.5,
+        layer,
+        scores,
+        pattern,
+        heads,
+        len(heads),
     )
 
 
@@ -148,11 +154,12 @@ def test_alibi_is_a_penalty_by_distance_on_unturned_queries_and_keys(heads, kv_h
         return softmax({j: dot(query, keys[j]) / math.sqrt(D) - slopes[h] * (i - j) for j in range(i + 1)})
 
     taps = []
-    z = variants.alibi(turned(q), turned(k), v, context(scores=lambda x: taps.append(x) or x))
+    of_all = context(scores=lambda x: taps.append(x) or x, heads=range(heads))
+    z = variants.alibi(turned(q), turned(k), v, of_all)
     assert relative(z, by_loops(weights, q, k, v)) < 1e-12
     # With queries and keys of zero the scores are the penalty alone.
     alike = torch.zeros_like(q), torch.zeros_like(k)
-    variants.alibi(*alike, v, context(scores=lambda x: taps.append(x) or x))
+    variants.alibi(*alike, v, of_all)
     for h, slope in enumerate(slopes):
         assert taps[1][0, h, T - 1, 0].item() == pytest.approx(-slope * (T - 1), rel=1e-14)
         assert taps[1][0, h, 2, 2] == 0
@@ -390,7 +397,7 @@ def test_every_layer_may_have_its_own():
     for layer, (name, kernel) in enumerate(SMALL.items()):
         q, k, v, z = (values[f"layers.{layer}.self_attn.{part}"] for part in parts)
         v = v.view(1, 12, 2, 8).transpose(1, 2)
-        own = AttentionContext(mask, 8**-0.5, layer, lambda x: x, lambda x: x)
+        own = AttentionContext(mask, 8**-0.5, layer, lambda x: x, lambda x: x, range(8), 8)
         assert torch.equal(z, kernel(q, k, v, own)), name
         same = name in ("loops", "online", "flex")
         assert (relative(z, eager(q, k, v, own)) < 1e-5) == same, name

@@ -558,6 +558,20 @@ def test_tinyllama_is_summarised_without_weights(run_script):
     assert list(figures["flops_per_token"]) == ["1", "1024", "2048"]
 
 
+def test_the_parts_of_several_ranks_are_summarised(run_script):
+    status, out, err = run_script("summary", "--ranks", "8")
+    assert (status, err) == (0, "")
+    last = ["7", "1536-2047", "192-255", "1792-2047", "4928-5631", "1792-2047", "28000-31999"]
+    assert last in [line.split() for line in out.splitlines()]
+    figures = json.loads(run_script("summary", "--ranks", "2", "--split", "fast", "--json")[1])["ranks"]
+    assert figures["weights"]["layers.21.mlp.down_proj.weight"] == {
+        "axis": 1,
+        "parts": [[0, 2816], [2816, 5632]],
+    }
+    assert sum(figures["parameters"]) == 1_100_048_384 + (2 * 22 + 1) * 2048  # norms twice
+    assert_refused(run_script("summary", "--ranks", "2049"), "ranks: expected 1 to 2048")
+
+
 def test_a_name_a_folder_and_its_config_have_the_same_summary(run_script, smollm2_folder):
     names = ("smollm2", smollm2_folder, smollm2_folder / "config.json")
     figures = [json.loads(run_script("summary", name, "--json")[1]) for name in names]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +26,16 @@ from tinyllama.device import check_memory, floating_dtype, usable_device
 from tinyllama.errors import InputError
 from tinyllama.kernels import kernel, kernel_name, kernel_source
 from tinyllama.model import Llama
+from tinyllama.parallel.plan import Plan
 from tinyllama.progress import byte_progress
 from tinyllama.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from tinyllama.parallel.ranks import Ranks
+
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
+PLACES = 64  # bytes
 
 
 def load(
@@ -42,6 +47,8 @@ def load(
     weights: str = "exact",
     threads: int | None = None,
     graph: bool = False,
+    ranks: Ranks | None = None,
+    split: str = "exact",
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -54,6 +61,8 @@ def load(
         threads: how many threads compute, in all of PyTorch; None leaves it as it is (all cores).
         graph: on a GPU, record the first decode step of a generation and replay it for the others: the same
             kernels, started at once. See `fast.graph`.
+        ranks: see `load_model`.
+        split: see `load_model`.
 
     Raises:
         InputError: the model cannot be found or used; the message says why and what to do.
@@ -70,7 +79,9 @@ def load(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load_model(folder, device=device, dtype=dtype, attention=attention, weights=weights)
+    model = load_model(
+        folder, device=device, dtype=dtype, attention=attention, weights=weights, ranks=ranks, split=split
+    )
     if graph:
         record_steps(model)
     return model, tokenizer
@@ -83,6 +94,8 @@ def load_model(
     dtype: str | torch.dtype,
     attention: Kernel | str = "sdpa",
     weights: str = "exact",
+    ranks: Ranks | None = None,
+    split: str = "exact",
 ) -> Llama:
     """Load a checkpoint folder.
 
@@ -98,9 +111,13 @@ def load_model(
         weights: how matrices are kept. "exact": in `dtype`, and every bit is that of transformers. For speed,
             without gradients, equal but for rounding: "stored", as in the file where that is narrower than
             `dtype`; "float32", "bfloat16" or "float16"; "int8", with a scale for every 64. See `storage`.
+        ranks: this process among those that share the model; it reads and keeps its own part alone, and
+            records no gradients. None: it has the whole model.
+        split: how it is shared: "exact", every bit that of one process, or "fast"; see `parallel.plan`.
 
     Raises:
         InputError: the folder, the config or the weights cannot be used; the message says why.
+        RankError: another rank ended, or is late.
     """
     folder, device, dtype = Path(folder), usable_device(device), floating_dtype(dtype)
     if device.type == "mps" and dtype == torch.float64:
@@ -110,12 +127,15 @@ def load_model(
     check_kernel(folder, kernel_name(chosen), kernel_source(chosen))
     stored = find_tensors(folder)
     model = _skeleton(config, stored, folder)
+    plan = None if ranks is None else _join(model, ranks, split, folder, stored)
+    own = {name: tensor.numel() for name, tensor in model.state_dict().items()}  # of this process
+    sizes = {name: own[name] * tensor.dtype.itemsize for name, tensor in stored.items()}
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
     claims = storage.claims({tensor.dtype for tensor in stored.values()}) if device.type == "cpu" else []
     start(claims)
-    check_memory("the model", int(sum(config.parameters.values()) * storage.itemsize(widest)), device)
+    check_memory("the model", int(model.num_parameters() * storage.itemsize(widest)), device)
 
-    with byte_progress(f"loading {folder.name}", sum(t.nbytes for t in stored.values())) as advance:
+    with byte_progress(f"loading {folder.name}", sum(sizes.values())) as advance:
         state = {}
         matrices = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
         if config.tie_word_embeddings:
@@ -124,11 +144,12 @@ def load_model(
             name: storage.dtype_of(tensor.dtype) if name in (matrices | {EMBEDDING, HEAD}) else dtype
             for name, tensor in stored.items()
         }
-        for name, values in _read(stored, device, dtypes, rounded=storage.kind == "int8"):
+        places = {} if plan is None or ranks is None else plan.places(stored, ranks.rank)
+        for name, values in _read(stored, device, dtypes, places, rounded=storage.kind == "int8"):
             state[name] = values
             if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
-            advance(stored[name].nbytes)
+            advance(sizes[name])
     if config.tie_word_embeddings:
         head = state.setdefault(HEAD, state["embed_tokens.weight"])
         if not torch.equal(head, state["embed_tokens.weight"]):
@@ -147,7 +168,25 @@ def load_model(
     model = model.to(device).eval()
     if device.type == "cpu":
         speed_up(model, claims, exact=storage.kind == "exact")
+    if plan is not None and ranks is not None:
+        from tinyllama.parallel.layers import connect
+
+        ranks.same("compiled code", ", ".join(claim.name for claim in claims if claim.holds))
+        ranks.bytes_read = sum(sizes.values())
+        connect(model, plan, ranks)
     return model
+
+
+def _join(model: Llama, ranks: Ranks, split: str, folder: Path, stored: dict[str, StoredTensor]) -> Plan:
+    """Agree with the other ranks on what is loaded, and leave the model without weights this rank's part."""
+    from tinyllama.parallel.layers import narrow
+    from tinyllama.parallel.ranks import checkpoint_version, code_version
+
+    ranks.same("version of the code", code_version())
+    ranks.same("checkpoint", checkpoint_version(folder / "config.json", stored))
+    plan = Plan.of(model.config, ranks.size, split)
+    narrow(model, plan, ranks.rank)
+    return plan
 
 
 def _keep(model: Llama, state: dict[str, Tensor], name: str, storage: Storage) -> None:
@@ -195,18 +234,28 @@ def _skeleton(config: LlamaConfig, stored: dict[str, StoredTensor], folder: Path
 
 
 def _read(
-    stored: dict[str, StoredTensor], device: torch.device, dtypes: dict[str, torch.dtype], rounded: bool
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtypes: dict[str, torch.dtype],
+    places: dict[str, tuple[slice, ...]],
+    rounded: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor on the device as it is to be kept, found finite."""
+    """Every tensor, or its part at a place, on the device as it is to be kept, found finite."""
     files: dict[Path, Any] = {}
     for name, tensor in stored.items():
         dtype = dtypes[name]
         try:
             # A file's pages that were read count as ours until it is closed. Where they are the weights, one
             # opening serves all; where they are converted, they must go before the next tensor comes.
-            if tensor.path not in files or tensor.dtype != dtype or rounded:
+            place = places.get(name)
+            if tensor.path not in files or tensor.dtype != dtype or rounded or place is not None:
                 files = {tensor.path: safe_open(tensor.path, framework="pt")}
-            values = files[tensor.path].get_tensor(tensor.key).to(device=device, dtype=dtype)
+            file = files[tensor.path]
+            if place is None:
+                values = file.get_tensor(tensor.key)
+            else:  # copied: the system maps far more of a file than the part that is read
+                values = _copied(file.get_slice(tensor.key)[place])
+            values = values.to(device=device, dtype=dtype)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"{tensor.path}: {tensor.key} cannot be loaded ({one_line(error)}); {AGAIN}"
@@ -217,3 +266,13 @@ def _read(
                 f"{tensor.path}: {tensor.key} holds NaN or Inf as {dtype}; {AGAIN}, or use float32"
             )
         yield name, values
+
+
+def _copied(part: Tensor) -> Tensor:
+    """The part of a file, in memory as it lies there.
+
+    Its place modulo 16 bytes stays, because the bits of MKL's matrix-vector products depend on it.
+    """
+    first = part.data_ptr() % PLACES // part.itemsize
+    room = torch.empty(first + part.numel(), dtype=part.dtype)  # PyTorch begins it at a multiple of PLACES
+    return room[first:].view(part.shape).copy_(part)

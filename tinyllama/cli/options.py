@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import tinyllama
 from tinyllama.advice import did_you_mean
+from tinyllama.cli import together
 from tinyllama.cli.terminal import piped, read_text
 from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
@@ -68,6 +69,8 @@ def read_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
     """
     if args.prompt and args.file is not None:
         parser.error("give the prompt as an argument or by --file, not both")
+    if not args.prompt and together.rank() > 0:
+        return ""  # rank 0 reads it, for all
     if not args.prompt and args.file is None and not piped():
         parser.error("no prompt: give one as an argument, by --file, or pipe it in")
     if args.system is not None and not args.chat:
@@ -126,6 +129,12 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
         "bits, some four times as fast",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["exact", "fast"],
+        help="under torchrun, how the ranks share the model: exact gives the bits of one process, fast sends "
+        "half as many messages; see docs/parallel.md (default: exact)",
     )
 
 
@@ -228,8 +237,10 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
-def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
-    """The model and tokenizer that the options name; `weights` and `graph` as in `tinyllama.load`.
+def load(
+    args: argparse.Namespace, weights: str = "exact", graph: bool = False, split: str | None = None
+) -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the options name; the others are those of `tinyllama.load`.
 
     Raises:
         InputError: see `tinyllama.load`.
@@ -237,7 +248,15 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
     from tinyllama.device import usable_device
     from tinyllama.lab.kernel_file import load_kernel
 
+    if split and together.size() == 1:
+        raise InputError(f"--split {split} is for several ranks; start the script by torchrun")
+    if together.size() > 1 and (graph or args.device not in ("cpu", "cuda")):
+        got = "--graph" if graph else f"--device {args.device}"
+        raise InputError(
+            f"{got}: several ranks take --device cpu, or cuda, which gives each a GPU of its own"
+        )
     device = usable_device(args.device)  # before a download of gigabytes
+    ranks = together.join(on_gpus=device.type == "cuda")
     if graph and device.type != "cuda":
         raise InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
     if graph and args.speculate:
@@ -250,6 +269,8 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         weights=weights,
         threads=args.threads,
         graph=graph,
+        ranks=ranks,
+        split=split or "exact",
     )
 
 

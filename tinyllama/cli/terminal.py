@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from tinyllama.cli import together
 from tinyllama.errors import InputError
 from tinyllama.progress import escape, note
 
@@ -28,35 +29,47 @@ EXTRAS = {
 STDOUT_FAILS = (errno.ENOSPC, errno.EFBIG, errno.EIO)  # errors of writing that name no file
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], ranks: bool = False) -> None:
     """Run a script's `main` and exit: 2 on bad input (one line, no traceback), 130 on Ctrl-C.
 
     A closed pipe (`generate.py | head`) ends the script quietly with status 141, as it ends `cat`. A
     full disk behind stdout counts as bad input, and so does an error in a user's kernel.
+
+    Args:
+        main: returns the exit status; None is 0.
+        ranks: whether it can run on several ranks, as torchrun starts them. Then rank 0 prints, and one line
+            says why they ended.
     """
+    together.silence()
     if sys.stdout is None:
         refuse("stdout is closed; send it to a file or to /dev/null")
         sys.exit(2)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
         # A terminal that cannot show a character gets its escape, not a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
+    problem = None
     try:
+        if together.size() > 1 and not ranks:
+            raise InputError("this command computes in one process; start it by python, not by torchrun")
         with warnings.catch_warnings():  # after %run a notebook's warnings are its own again
             status = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        refuse(str(error))
-        status = 2
+        problem, status = str(error), 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
         status = CLOSED_PIPE
     except Exception as error:
-        problem = said_by_others(error)
-        if problem is None:
+        problem, status = said_by_others(error), 2
+        if problem is None and together.size() == 1:
             raise
+        if problem is None:
+            problem, status = together.said_of(error), 1
+    if status and together.size() > 1:
+        together.leave(status, problem)
+    if problem is not None:
         refuse(problem)
-        status = 2
     try:
         sys.stdout.flush()
     except OSError:

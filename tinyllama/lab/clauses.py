@@ -116,6 +116,11 @@ def _refuse(name: str, clauses: Collection[str], q: Tensor, k: Tensor, context: 
         got = f"{B} rows"
     if "padding" in clauses and _padded(context):
         got = "padding on the left"
+    if "groups" in clauses and len(context.heads) < context.num_heads:
+        raise InputError(
+            f"{name}: got {len(context.heads)} of {context.num_heads} heads, but it declares that it breaks "
+            "groups, so it needs the others' keys and values; run it in one process"
+        )
     if got is not None:
         raise InputError(
             f"{name}: got {got}, but it declares that it breaks {', '.join(sorted(clauses))}; "

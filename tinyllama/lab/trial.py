@@ -46,8 +46,9 @@ class Trial:
     def attend(self, inputs: Sequence[Tensor], mask: AttentionMask) -> Tensor:
         """The kernel's output for q, k and v."""
         q, k, v = inputs
+        heads = range(self.H), self.H
         return self.kernel(
-            q, k, v, AttentionContext(mask, self.D**-0.5, self.layer, lambda x: x, lambda x: x)
+            q, k, v, AttentionContext(mask, self.D**-0.5, self.layer, lambda x: x, lambda x: x, *heads)
         )
 
     def run(self, inputs: Sequence[Tensor], positions: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -47,10 +47,11 @@ def alibi(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     Press et al. 2021 (arXiv:2108.12409), section 3. Head h of H has the slope m = 2^(-8h/H), h from 1. If H
     is no power of two, every second slope of the next power is added, as in the authors' code.
     """
-    H = q.shape[1]
+    H = context.num_heads
     power = 1 << (H.bit_length() - 1)
     exponents = [8 * h / power for h in range(1, power + 1)] + [4 * h / power for h in range(1, 2 * power, 2)]
-    slopes = torch.tensor([2**-e for e in exponents[:H]], dtype=q.dtype, device=q.device)[:, None, None]
+    own = [2 ** -exponents[head] for head in context.heads]
+    slopes = torch.tensor(own, dtype=q.dtype, device=q.device)[:, None, None]
     q = without_rope(q, context.mask.query_positions, context)
     k = without_rope(k, context.mask.key_positions, context)
     k, v = repeat_kv(q, k, v)

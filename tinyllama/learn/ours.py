@@ -47,7 +47,8 @@ def rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(H, T, D), (K, S, D), (K, S, D) -> (H, T, D)."""
     S, T = k.shape[1], q.shape[1]
-    context = AttentionContext(_mask(torch.arange(S - T, S), S), q.shape[-1] ** -0.5, 0, _same, _same)
+    H, mask = q.shape[0], _mask(torch.arange(S - T, S), S)
+    context = AttentionContext(mask, q.shape[-1] ** -0.5, 0, _same, _same, range(H), H)
     return eager(q[None], k[None], v[None], context)[0]
 
 

@@ -1,0 +1,97 @@
+"""What ranks do in processes of their own; one start serves many comparisons, because it takes longest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tinyllama
+from tests.shapes import some_ids
+from tinyllama.checkpoints.load import load_model
+from tinyllama.errors import InputError
+from tinyllama.model import Llama
+from tinyllama.parallel import ranks as ranks_module
+from tinyllama.parallel.plan import Plan
+from tinyllama.parallel.ranks import RankError, Ranks
+
+PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is", to SmolLM2
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "seed": 7}
+
+
+def values(model: Llama) -> dict[str, Any]:
+    """What a model gives for short and long texts, padded batches and steps from a cache; and the cache."""
+    V = model.config.vocab_size
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for T in (1, 5, 40):
+            found[f"logits of {T}"] = model(some_ids(1, T, V, seed=T))
+        cache = model.new_cache(2, 12)
+        prompts = [some_ids(1, n, V, seed=n)[0].tolist() for n in (9, 4)]
+        found["prefill of a padded batch"] = tinyllama.prefill(model, prompts, cache)
+        heads = model.attentions[0].heads
+        first = heads.start * model.kv_heads // len(heads)  # KV head
+        found["cache"] = first, cache.keys, cache.values
+    prompt = [id % V for id in PROMPT]
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "sampled": SAMPLED,
+        "guessed": {"speculate": 3, **SAMPLED},
+    }
+    for name, settings in ways.items():
+        found[name] = tinyllama.generate(model, [prompt], max_new_tokens=4, eos_ids=(), **settings)
+    found["ragged"] = tinyllama.generate(model, prompts, max_new_tokens=2, eos_ids=(), **SAMPLED)
+    return found
+
+
+def load_and_compare(ranks: Ranks | None, folder: Path, cases: list[dict[str, Any]]) -> list[Any]:
+    """The values of one checkpoint, loaded in several ways, on this rank."""
+    usual: dict[str, Any] = {"device": "cpu", "dtype": "float32", "ranks": ranks}
+    return [values(load_model(folder, **{**usual, **case})) for case in cases]
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Of all bits."""
+    joined = hashlib.sha256()
+    for tensor in tensors:
+        joined.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return joined.hexdigest()
+
+
+def refusal(ranks: Ranks, folders: list[Path], versions: list[str]) -> str:
+    """What a rank says of loading its own folder, with its own version of the code."""
+    ranks_module.code_version = lambda: versions[ranks.rank]
+    try:
+        load_model(folders[ranks.rank], device="cpu", dtype="float32", ranks=ranks)
+    except InputError as error:
+        return str(error)
+    return "loaded"
+
+
+def late(ranks: Ranks) -> str:
+    """What rank 0 says of a rank 1 that does not come."""
+    if ranks.rank == 1:
+        ranks._store.wait(["gave up"])
+        ranks.same("answer", "")  # too late
+        return ""
+    patience, ranks.limit = ranks.limit, 1.0
+    with pytest.raises(RankError) as caught:
+        ranks.same("answer", "")
+    ranks.limit = patience
+    ranks._store.set("gave up", "")
+    return str(caught.value)
+
+
+def traffic(ranks: Ranks, folder: Path) -> list[int]:
+    """Bytes that a rank receives for one token, in each split: counted, and as planned."""
+    found = []
+    for split in ("exact", "fast"):
+        model = load_model(folder, device="cpu", dtype="float32", ranks=ranks, split=split)
+        before = ranks.received
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long))
+        found += [ranks.received - before, Plan.of(model.config, ranks.size, split).received(4)]
+    return found

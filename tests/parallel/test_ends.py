@@ -1,0 +1,225 @@
+"""How ranks begin and end: refused alike, told in one line, never a hang."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints.folders import HEAD, weights, write
+from tests.fast.compiled import compiled
+from tests.marks import slow, unix
+from tests.parallel import jobs
+from tests.parallel.test_exact import WIDE
+from tests.parallel.together import in_processes
+from tests.shapes import TINY, tiny_model
+from tinyllama.cli import options
+from tinyllama.errors import InputError
+from tinyllama.parallel.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "tinyllama.parallel", "--nproc-per-node", "2"]
+SECONDS = 120
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str, launch: list[str] = LAUNCH) -> subprocess.Popen[str]:
+    """A script, as the first of its own group of processes."""
+    return subprocess.Popen(
+        [*launch, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], input: str | None = None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; a hang is killed, and fails."""
+    try:
+        out, err = process.communicate(input, timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
+# The handshake
+
+
+def test_another_checkpoint_or_another_code_on_a_rank_is_refused_alike(tmp_path):
+    right = write(tmp_path / "right")
+    changed = weights()
+    changed["model.norm.weight"] = changed["model.norm.weight"] + 1
+    other = write(tmp_path / "other", changed)
+    found = in_processes(2, tmp_path / "checkpoint", jobs.refusal, [right, other], ["a", "a"])
+    assert len(set(found)) == 1
+    assert "same checkpoint" in found[0]
+    found = in_processes(2, tmp_path / "code", jobs.refusal, [right, right], ["a", "b"])
+    assert len(set(found)) == 1
+    assert "same version of the code" in found[0]
+    assert "got a on rank 0 and b on rank 1" in found[0]
+
+
+def test_as_many_bytes_are_received_as_planned(tmp_path):
+    for counted, planned, counted_fast, planned_fast in in_processes(
+        3, tmp_path / "ranks", jobs.traffic, write(tmp_path / "model")
+    ):
+        assert counted == planned > 0
+        assert counted_fast == planned_fast > 0
+
+
+def test_a_rank_that_does_not_come_is_given_up(tmp_path):
+    assert "did not answer within 1 s" in in_processes(2, tmp_path / "ranks", jobs.late)[0]
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, smollm2_folder) -> Path:
+    """A model that is loaded and computes in no time, with the trained one's tokenizer."""
+    fields = {**WIDE, "vocab_size": 49152, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    model = tiny_model(**fields)
+    tensors = {n if n == HEAD else f"model.{n}": t.detach().clone() for n, t in model.state_dict().items()}
+    folder = write(tmp_path_factory.mktemp("small"), tensors, **{**TINY, **fields})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2_folder / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["generate", pytest.param("chat", marks=slow)])
+def test_two_ranks_print_once_what_one_process_prints(script, small):
+    command = [f"scripts/{script}.py", "--model", str(small), "-n", "20", "--temperature", "0.8", "--seed=5"]
+    typed = "My name is Ada.\nWhat is my name?\n"
+    one = ended(start(*command, launch=[sys.executable]), typed)
+    assert one[0] == 0
+    assert ended(start(*command), typed) == one
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["scripts/generate.py", "--model", "/nowhere", "hi"], "/nowhere"),
+        pytest.param(["scripts/tokens.py", "hi"], "one process", marks=slow),
+    ],
+)
+def test_a_refused_input_is_one_line_and_status_2(command, said):
+    status, out, err = ended(start(*command))
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def generating(folder: Path) -> subprocess.Popen[str]:
+    """Two ranks in the middle of a text."""
+    process = start("scripts/generate.py", "--model", str(folder), "-n", "4000", "Once upon a time")
+    assert process.stdout is not None
+    process.stdout.read(30)
+    return process
+
+
+@unix
+def test_ctrl_c_ends_all_ranks_with_130(small):
+    process = generating(small)
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = ended(process)
+    assert (status, err) == (130, "")
+    assert out.endswith("\n")
+
+
+@unix
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
+def test_a_killed_rank_ends_the_others_with_one_line(rank, small):
+    process = generating(small)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert f"rank {rank} was ended by SIGKILL" in err
+
+
+@slow
+@unix
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rank_killed_at_any_moment_is_told_in_one_line(seed, small):
+    draw = random.Random(seed)
+    process = start("scripts/generate.py", "--model", str(small), "-n", "4000", "Once upon a time")
+    # Up to the first look the ranks import, load, and meet; then they compute.
+    characters, looks = draw.choice([0, 0, 20, 200]), draw.randrange(2000)
+    assert process.stdout is not None
+    process.stdout.read(characters)
+    while len(ranks_of(process)) < 2 or (looks := looks - 1) > 0:
+        assert process.poll() is None
+    rank = draw.randrange(2)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert f"rank {rank} was ended by SIGKILL" in err
+
+
+@slow
+@unix
+def test_plain_torchrun_ends_too_and_a_rank_says_why(small):
+    launch = [sys.executable, "-m", "torch.distributed.run", *LAUNCH[3:]]
+    process = start("scripts/generate.py", "--model", str(small), "-n", "4000", "Once", launch=launch)
+    assert process.stdout is not None
+    process.stdout.read(20)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    status, _, err = ended(process)
+    assert status == 1
+    assert err.count("error: ranks: another rank ended") == 1
+
+
+@slow
+@compiled
+def test_a_rank_reads_and_keeps_its_part_alone(smollm2_folder):
+    """Its peak is at most 1.15 of its share and 300 MB, which Python and PyTorch take."""
+    for split, share in (("exact", 258.0), ("fast", 251.4)):
+        command = [
+            "scripts/generate.py",
+            "--model",
+            str(smollm2_folder),
+            "-n",
+            "4",
+            "--stats",
+            "--split",
+            split,
+        ]
+        status, _, err = ended(start(*command, "Hi"))
+        assert status == 0
+        peak, read = (
+            float(re.search(pattern, err)[1].replace(",", ""))
+            for pattern in (r"memory +([\d,]+) MB", r"read ([\d,]+) MB")
+        )
+        assert read == pytest.approx(share, abs=1)
+        assert peak <= 1.15 * share + 300
+
+
+def test_without_torchrun_there_are_no_ranks_to_join(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="start the script by torchrun"):
+        Ranks.from_environment()
+    with pytest.raises(InputError, match="--split fast is for several ranks"):
+        options.load(argparse.Namespace(), split="fast")
