@@ -16,7 +16,7 @@ from tests.parallel.jobs import digest, load_and_compare, values
 from tests.parallel.together import in_processes, in_threads
 from tests.shapes import some_ids, tiny_model
 from tinyllama.attention import eager, sdpa
-from tinyllama.lab import variants
+from tinyllama.lab import smaller_caches, variants
 from tinyllama.model import Llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +89,7 @@ def test_a_kernel_is_told_which_heads_it_has(name):
 
 
 def test_a_kernel_that_mixes_groups_is_refused():
-    model = model_with(variants.regroup)
+    model = model_with(smaller_caches.regroup)
     with pytest.raises(Exception, match="run it in one process"):
         in_threads(model, 2, values)
 
