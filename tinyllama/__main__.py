@@ -17,7 +17,7 @@ SCRIPTS = PACKAGE / "commands" if (PACKAGE / "commands").is_dir() else PACKAGE.p
 
 def main() -> None:
     """Run a script, or list them; exits."""
-    terminal.run(command)
+    terminal.run(command, ranks=sys.argv[1:2] in (["chat"], ["generate"]))
 
 
 def command() -> int | None:

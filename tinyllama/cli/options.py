@@ -47,7 +47,8 @@ def as_started(examples: str) -> str:
     """The examples as commands of `tinyllama`, if that is how this was started."""
     if not sys.argv[0].startswith("tinyllama "):
         return examples
-    return re.sub(r"python scripts/(\w+)\.py", r"tinyllama \1", examples)
+    examples = re.sub(r"python scripts/(\w+)\.py", r"tinyllama \1", examples)
+    return re.sub(r"scripts/(\w+)\.py", r"-m tinyllama \1", examples)  # of torchrun
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, purpose: str) -> None:
