@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from tinyllama.progress import escape
@@ -90,5 +91,6 @@ def leave(status: int, problem: str | None) -> NoReturn:
     if problem is not None and first:
         prefix = f"rank {rank()} of {size()}: " if rank() > 0 else ""
         os.write(_stderr[0] if _stderr else 2, f"error: {prefix}{escape(problem)}\n".encode())
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
     os._exit(status)  # a process group with a lost rank cannot be taken down in order

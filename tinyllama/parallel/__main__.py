@@ -31,12 +31,15 @@ def main() -> int:
         run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        for other, one in error.failures.items():
+            # Ranks that lost another end within the same look at them; SIGTERM is torchrun's own.
+            if one.exitcode < 0 and one.exitcode != -signal.SIGTERM:
+                rank, failure = other, one
         if failure.exitcode > 0:  # it said why
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        terminal.refuse(
-            f"ranks: rank {rank} was ended by {name}; without the memory it needs, the system does so"
-        )
+        why = "; the system does so where memory runs out" if name == "SIGKILL" else ""
+        terminal.refuse(f"ranks: rank {rank} was ended by {name}{why}")
         return 1
     except SignalException as error:
         return 128 + error.sigval
