@@ -116,6 +116,26 @@ def test_what_is_captured_is_the_rank_s_part_or_the_whole():
     assert torch.equal(torch.cat([found[product] for _, found in parts], -1), one[product])
 
 
+def test_what_is_patched_counts_on_every_rank():
+    import tinyllama
+
+    model, ids = model_with(num_attention_heads=6, num_key_value_heads=3), some_ids(1, 7)
+
+    def patched(part: Llama) -> torch.Tensor:
+        heads = part.attentions[1].heads
+        values = {
+            "layers.0.mlp": torch.zeros_like,  # whole on every rank
+            "layers.1.self_attn.z": lambda z: z * torch.tensor(heads)[:, None, None],  # a rank's own heads
+        }
+        with torch.no_grad(), tinyllama.patch(part, values):
+            return part(ids)
+
+    one = patched(model)
+    assert not torch.equal(one, model(ids))
+    for part in in_threads(model, 2, patched):
+        assert torch.equal(part, one)
+
+
 def test_logits_have_no_gradient_instead_of_a_wrong_one():
     def of_logits(part: Llama) -> bool:
         with torch.enable_grad():
