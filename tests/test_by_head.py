@@ -101,7 +101,7 @@ def test_each_head_attends_by_its_own_kernel_to_the_bit(kernel, others, heads):
     assert not torch.equal(chosen, rest)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     st.lists(st.tuples(st.sampled_from(KERNELS), st.sets(st.integers(0, H - 1))), max_size=4),
     st.sampled_from(KERNELS),
@@ -236,7 +236,7 @@ def test_a_gradient_goes_through_each_heads_own_kernel():
 # Scores and pattern, read and replaced
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(
     st.lists(st.tuples(st.sampled_from(TAPPED), st.sets(st.integers(0, H - 1))), min_size=1, max_size=3),
     st.sampled_from(TAPPED),

@@ -88,7 +88,7 @@ def test_every_value_has_the_shape_that_is_promised_and_comes_in_order(cached):
         assert numel(model.config, address, B, T, S) == value.numel(), address
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 3),
     length=st.integers(1, 5),
@@ -221,7 +221,7 @@ def test_a_star_stands_for_one_part_only(pattern, expected):
     assert sorted(captured(model, some_ids(1, 3), pattern)) == expected
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(address=st.sampled_from(in_order(L)), data=st.data())
 def test_an_address_with_stars_matches_what_agrees_in_the_other_parts(address, data):
     model, parts = tiny_model(), address.split(".")

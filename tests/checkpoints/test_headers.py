@@ -118,7 +118,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path):
     refusal(tmp_path, SINGLE, "'model.norm.weight'", "'norm.weight'", "the same tensor")
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_loads_correctly(tmp_path_factory: Any, data: st.DataObject):
     folder = tmp_path_factory.getbasetemp() / "damaged"

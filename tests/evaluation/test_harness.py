@@ -105,7 +105,7 @@ def test_many_at_once_come_back_in_their_order(tiny):
 words = st.lists(st.sampled_from(["a", "b", "ab", " ", "  ", "\n", "é", "👍", "<s>", "</s>", "a b " * 20]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     context=words, first=st.sampled_from(["a", " b", "é"]), rest=st.lists(st.sampled_from(["a", " ", "é"]))
 )

@@ -54,7 +54,7 @@ def assert_is_the_product(y: Tensor, weight: Tensor, x: Tensor) -> None:
 @compiled
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.integers(1, 80),
     st.sampled_from([64, 128, 192, 576, 1024, 1088, 2112, 2944]),
@@ -70,7 +70,7 @@ def test_float32_products_are_exact_within_rounding(dtype: str, plain: bool, row
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.integers(1, 80),
     st.sampled_from([64, 192, 576, 1088, 2944]),
@@ -257,7 +257,7 @@ def test_gradients_reach_the_input(dtype: str, n: int):
     torch.testing.assert_close(x.grad, exact_weights(fast).sum(0).float().expand(n, -1), atol=1e-4, rtol=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 4), st.floats(1e-6, 1e6), st.integers(0, 1000))
 def test_8_bits_are_off_by_half_a_step_at_most(rows: int, groups: int, scale: float, seed: int):
     weight = random(rows, 64 * groups, seed=seed) * scale

@@ -138,7 +138,7 @@ def test_text_nll_reads_each_window_separately():
 
 
 @given(st.floats(0.01, 3.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_relative_change_is_the_share_of_the_length(share):
     before = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(relative_change(before * (1 + share), before), torch.full((2,), share))

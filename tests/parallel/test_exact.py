@@ -58,7 +58,7 @@ def test_any_head_counts_on_any_number_of_ranks(heads, kv_heads, size, kernel):
     assert_same(one, in_threads(model, size, values))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(2, 8), st.integers(0, 40), st.booleans())
 @example(3, 3, 2, 1, True)
 def test_random_sizes(K, G, size, odd, tied):

@@ -37,7 +37,7 @@ def shapes(config: LlamaConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in Llama(config).state_dict().items()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs(), st.integers(1, 9), st.sampled_from(MODES))
 @example(tiny_config(**SMOLLM2), 2, "exact")
 @example(LlamaConfig(num_hidden_layers=1), 8, "fast")
@@ -56,7 +56,7 @@ def test_the_parts_of_every_weight_are_the_whole_once(config, ranks, mode):
             assert cut.parts[rank] == cut.parts[rank - 1]  # a replica
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs(), st.integers(1, 9), st.sampled_from(MODES))
 def test_every_rank_has_query_heads_and_exactly_the_kv_heads_that_they_read(config, ranks, mode):
     plan = Plan.of(config, ranks, mode)
@@ -69,7 +69,6 @@ def test_every_rank_has_query_heads_and_exactly_the_kv_heads_that_they_read(conf
             assert len(heads) == G * len(kv_heads)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(1, 9), st.sampled_from([1, 16, 64]))
 def test_shares_differ_by_no_more_than_a_unit(total, ranks, unit):
     sizes = [len(part) for part in shares(total, ranks, unit)]

@@ -23,7 +23,7 @@ def run(script, *arguments, stdin=b""):
     sys.argv = [script, *arguments]
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
     try:
-        runpy.run_path(str(Path(sys.path[-1]) / f"{script}.py"), run_name="__main__")
+        runpy.run_path(str(Path(scripts) / f"{script}.py"), run_name="__main__")
     except SystemExit as exit:
         assert exit.code == 0, (script, exit.code)
 
