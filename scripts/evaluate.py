@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli import options
-from tinyllama.cli.terminal import run
+from tinyllama.cli.terminal import refuse, run
 from tinyllama.progress import TableConsole, note
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ EXAMPLES = """\
   python scripts/evaluate.py --tasks gsm8k --chat --limit 100 --batch 8 --json > gsm8k.json
   python scripts/evaluate.py --list
 
-exit status: 0, 1 if the kernel breaks the contract, 2 on bad input"""
+exit status: 0, 1 if the kernel breaks the contract or a model gives NaN, 2 on bad input"""
 
 
 def main() -> int:
-    """Print every task's scores; 1 if the kernel breaks the contract."""
+    """Print every task's scores; 1 if there are none, because a kernel or a model is broken."""
     # Python puts this folder first on the path, and the harness imports a package that is called evaluate.
     here = Path(__file__).resolve().parent
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
@@ -58,6 +58,7 @@ def main() -> int:
         return 0
     from tinyllama.lab.change import Change
     from tinyllama.lab.kernel_file import load_kernel
+    from tinyllama.sampler import NonFiniteLogitsError
 
     change = None
     if args.attention != args.against:
@@ -68,7 +69,11 @@ def main() -> int:
     with loaded(args.tasks, args.fewshot) as tasks:  # refused before a model is loaded
         args.attention = args.against
         model, tokenizer = options.load(args)
-        found = measure(model, tokenizer, tasks, change, args)
+        try:
+            found = measure(model, tokenizer, tasks, change, args)
+        except NonFiniteLogitsError as error:
+            refuse(str(error))
+            return 1
     if args.json:
         about = {"command": shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])}
         print(json.dumps(about | {"scores": [asdict(score) for score in found]}, indent=1))
@@ -150,7 +155,9 @@ def place(args: argparse.Namespace) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference: +0.025, -31.2, +3,069."""
+    """A difference: +0.025, -31.2, +3,069, and from a million on +2.1e+07."""
+    if abs(value) >= 1e6:
+        return f"{value:+.1e}"
     digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
     return f"{round(value, digits) + 0.0:+,.{digits}f}"  # no -0.000
 
@@ -160,12 +167,15 @@ def ends(interval: Interval | None, write: Callable[[float], str]) -> str:
     return "" if interval is None else f"{write(interval.low)} to {write(interval.high)}"
 
 
+def names(text: str) -> list[str]:
+    """The names in a list such as `arc_easy,wikitext`, for `type=`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def parse() -> argparse.Namespace:
     """The command line's arguments."""
     parser = options.Parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--tasks", type=lambda text: text.split(","), metavar="TASK,...", help="what to score"
-    )
+    parser.add_argument("--tasks", type=names, metavar="TASK,...", help="what to score")
     options.add_place_options(parser)
     parser.add_argument(
         "--against",

@@ -22,6 +22,9 @@ GREEDY_BELOW = 1e-6
 class NonFiniteLogitsError(ArithmeticError):
     """The model gave NaN or infinite logits, which no rule can choose from."""
 
+    def __init__(self) -> None:
+        super().__init__("the model gave NaN or infinite logits; try float32, or check the weights")
+
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that occurred less likely (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1).
@@ -137,9 +140,7 @@ class Sampler:
             NonFiniteLogitsError: a logit is NaN or infinite.
         """
         if not logits.isfinite().all():
-            raise NonFiniteLogitsError(
-                "the model gave NaN or infinite logits; try float32, or check the weights"
-            )
+            raise NonFiniteLogitsError
         if self.greedy:
             return self._penalised(logits, seen).argmax(dim=-1)
         return torch.multinomial(self.probabilities(logits, seen), 1, generator=generator).squeeze(-1)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+import tinyllama
 from tests.shapes import tiny_model
 from tests.text.tiny_tokenizers import adds, json_definition, write_json
 from tinyllama.checkpoints.load import load_model
@@ -140,6 +142,13 @@ def test_a_continuation_without_tokens_or_with_too_many_is_refused(tiny, pair, g
         ask(tiny.ours, "loglikelihood", pair)
 
 
+def test_a_model_that_gives_nan_has_no_likelihoods(tiny):
+    with tinyllama.patch(tiny.ours.model, {"norm": lambda x: x * torch.nan}):
+        for method, asked in {"loglikelihood": ("a", "b"), "loglikelihood_rolling": ("a b",)}.items():
+            with pytest.raises(tinyllama.NonFiniteLogitsError, match="NaN"):
+                ask(tiny.ours, method, asked)
+
+
 # Rolling likelihoods
 
 
@@ -188,11 +197,22 @@ def test_a_trained_model_stops_where_it_should(trained):
     [
         ({"until": [], "max_gen_toks": CONTEXT}, f"less than the model's {CONTEXT} tokens, got {CONTEXT}"),
         ({"until": [], "num_beams": 2}, "got num_beams"),
+        ({"until": [], "do_sample": True}, "needs a temperature above 0"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_refused(tiny, given, message):
     with pytest.raises(InputError, match=message):
         ask(tiny.ours, "generate_until", ("a", given))
+
+
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.8, "top_k": 0}], ids=str)
+def test_a_seed_draws_the_same_text(trained, more):
+    # So hot that most draws are outside of the 50 likeliest tokens, which transformers keeps unasked.
+    given = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 5.0, **more}
+    fresh = HarnessModel(trained.ours.model, trained.ours.tokenizer)  # its first seed is 0
+    torch.manual_seed(0)
+    theirs = ask(trained.theirs, "generate_until", (STORY, given))
+    assert ask(fresh, "generate_until", (STORY, given)) == theirs
 
 
 def test_samples_of_one_prompt_differ_and_come_again(tiny):

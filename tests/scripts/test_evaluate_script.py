@@ -1,6 +1,7 @@
 """evaluate.py from the command line, on a tiny checkpoint and without a network."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def leak(q, k, v, context):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 meant = breaks("causal", "cache", "chunks", "padding")(leak)
+
+def damaged(q, k, v, context):
+    return q * float("nan")
+
+damaged = breaks("causal", "cache", "chunks", "batch", "padding")(damaged)
+
+def huge(q, k, v, context):
+    return q * 1e4
 """
 ON_THE_HUB = "task: far_away\ndataset_path: nobody/nothing\noutput_type: loglikelihood\n"
 QUICK = ("--tasks", "toy_choice", "--limit", "2")
@@ -144,10 +153,27 @@ def test_a_kernel_that_sees_later_tokens_is_shown_or_measured_as_declared(run, t
     assert "warning: my.py:meant sees later tokens, as declared" in err
 
 
+def test_a_kernel_that_gives_nan_has_no_scores(run, tmp_path):
+    (tmp_path / "my.py").write_text(KERNELS)
+    status, out, err = run(*QUICK, "--attention", "my.py:damaged")
+    assert (status, out) == (1, "")
+    assert err.endswith("error: the model gave NaN or infinite logits; try float32, or check the weights\n")
+
+
+def test_huge_numbers_are_shown_whole_on_a_narrow_terminal(run, tmp_path, monkeypatch):
+    (tmp_path / "my.py").write_text(KERNELS)
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run("--tasks", "toy_perplexity", "--attention", "my.py:huge", "--threads", "1")
+    assert status == 0
+    row = next(line for line in out.splitlines() if "word_perplexity" in line)
+    assert re.search(r"\+\d\.\de\+\d+ \+\d\.\de\+\d+ to \+\d\.\de\+\d+$", row.rstrip())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ((), "no task: give --tasks"),
+        (("--tasks", " ,"), "no task: give --tasks"),
         ((*QUICK, "--layers", "1"), "need another attention"),
         ((*QUICK, "--attention", "windows"), "did you mean 'window'?"),
         (("--tasks", "toy_choise"), "did you mean 'toy_choice'?"),

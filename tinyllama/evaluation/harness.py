@@ -8,6 +8,7 @@ tests/evaluation shows that the answers are the same floats.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -24,6 +25,7 @@ from tinyllama.errors import InputError
 from tinyllama.generation import generate, left_padded
 from tinyllama.model import Llama
 from tinyllama.progress import note, step_progress
+from tinyllama.sampler import NonFiniteLogitsError
 from tinyllama.text.tokenizer import Tokenizer
 
 # What is asked of one continuation: the two texts (None for a window), and the ids of both.
@@ -33,6 +35,7 @@ Item = TypeVar("Item")
 
 MAX_NEW_TOKENS = 256  # HFLM's, for a task that gives no number
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+TOP_K = 50  # transformers' `generate` has it, and so has HFLM
 HERE = "CONTINUE HERE "  # the space shows whether a template trims its messages
 
 
@@ -132,6 +135,7 @@ class HarnessModel(TemplateLM):
 
         Raises:
             InputError: a continuation has no tokens of its own, or more than the model can read.
+            NonFiniteLogitsError: the model gave NaN or infinite logits, of which no choice is the likeliest.
         """
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
@@ -194,6 +198,7 @@ class HarnessModel(TemplateLM):
 
         Raises:
             InputError: a setting is unknown, or `max_gen_toks` leaves no room for a context.
+            NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         same: dict[str, list[int]] = defaultdict(list)
@@ -229,6 +234,10 @@ class HarnessModel(TemplateLM):
             )
         if not sampled:
             settings = {name: value for name, value in settings.items() if name == "repetition_penalty"}
+        elif not settings.get("temperature"):
+            raise InputError("generation_kwargs: do_sample needs a temperature above 0; give one")
+        else:
+            settings = {"top_k": TOP_K, **settings}
         return until, limit, settings
 
     def _texts(
@@ -257,7 +266,10 @@ def _answer(log_p: Tensor, continuation: Sequence[int]) -> Answer:
     ids = torch.tensor(continuation, device=log_p.device)
     log_p = log_p[-len(ids) :]
     chosen = log_p.gather(1, ids[:, None])[:, 0]
-    return chosen.sum().item(), bool((log_p.argmax(-1) == ids).all())
+    total = chosen.sum().item()
+    if not math.isfinite(total):
+        raise NonFiniteLogitsError
+    return total, bool((log_p.argmax(-1) == ids).all())
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
