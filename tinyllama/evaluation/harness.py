@@ -1,7 +1,7 @@
 """A model as lm-evaluation-harness asks one: likelihoods of continuations and of texts, and greedy text.
 
-What is asked exactly is that of the harness's own class for transformers' models (`HFLM`, lm-eval 0.4.13), so
-that figures can be compared: which texts begin with BOS, where a context ends, what is cut off.
+It answers as the harness's own class for transformers' models does (`HFLM`, lm-eval 0.4.13), so that figures
+can be compared: which texts begin with BOS, where a context ends, what is cut off.
 tests/evaluation shows that the answers are the same floats.
 """
 
@@ -167,10 +167,8 @@ class HarnessModel(TemplateLM):
                     f"the continuation {texts and texts[1]!r:.80}: expected 1 to {self.max_length} tokens, "
                     f"got {len(continuation)}; correct the task"
                 )
-            whole = [
-                *(context or [self.prefix_token_id]),
-                *continuation,
-            ]  # of one that is all spaces none is left
+            # A context of spaces alone is empty by now: its spaces have gone to the continuation.
+            whole = [*(context or [self.prefix_token_id]), *continuation]
             same[tuple(whole[-(self.max_length + 1) : -1])].append(place)
         answers: dict[int, Answer] = {}
         with torch.inference_mode(), step_progress(len(same)) as step:

@@ -47,6 +47,11 @@ class Clause:
         return self.example or self.says + in_vain
 
 
+def advice(clauses: Sequence[Clause]) -> str:
+    """What to write if the broken ones of these clauses are meant to be broken; empty if there is nothing."""
+    return remedy([clause.name for clause in clauses if clause.verdict == "BROKEN"])
+
+
 @dataclass(frozen=True)
 class Contract:
     """The clauses of a kernel; after a broken shape the others are not checked."""
@@ -67,7 +72,7 @@ class Contract:
     @property
     def remedy(self) -> str:
         """What to write if the broken clauses are meant to be broken."""
-        return remedy([clause.name for clause in self.clauses if clause.verdict == "BROKEN"])
+        return advice(self.clauses)
 
     def __repr__(self) -> str:
         """A line for each clause, and what to do about broken ones."""

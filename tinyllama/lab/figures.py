@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyllama.kernels import kernel_name
 from tinyllama.lab.continuation import Continuation
-from tinyllama.lab.contract import Clause
+from tinyllama.lab.contract import Clause, advice
 from tinyllama.lab.perplexity import Perplexity, perplexity
 from tinyllama.lab.speed import Speed
 from tinyllama.model import Llama
@@ -155,6 +155,11 @@ class Card:
     passed: bool
     contract: list[Clause]
     results: Results | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What to write if the broken clauses are meant to be broken."""
+        return advice(self.contract)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from tinyllama.lab.clauses import CLAUSES
 from tinyllama.lab.continuation import Continuation
-from tinyllama.lab.contract import Contract
 from tinyllama.lab.figures import Results, Scorecard
 from tinyllama.lab.perplexity import BLOCK, FEWEST_BLOCKS
 from tinyllama.lab.tables import change, grouped, percent, shortened, times
 from tinyllama.pages import render
+from tinyllama.pages.chart import rounded_up
 from tinyllama.ranges import ranges
 
 # Colours from a change of 0, which has its own, to the top of a map's scale.
@@ -72,7 +72,6 @@ def page(card: Scorecard) -> str:
         block=BLOCK,
         fewest=FEWEST_BLOCKS,
         steps=STEPS,
-        remedy=lambda one: Contract(one.name, tuple(one.contract)).remedy,
         finding=finding,
         scale=scale,
         step=step,
@@ -103,10 +102,7 @@ def finding(results: Results) -> str:
 def scale(values: Sequence[Sequence[float]]) -> float:
     """The top of a scale: the largest finite value, rounded up to 1, 2 or 5 times a power of ten."""
     most = max((value for row in values for value in row if math.isfinite(value)), default=0.0)
-    if most == 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most))
-    return next(float(f"{n * power:.1g}") for n in (1, 2, 5, 10) if n * power >= most * (1 - 1e-9))
+    return rounded_up(most) if most > 0 else 1.0
 
 
 def step(value: float, top: float) -> str:

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from tinyllama.hooks import addresses, numel, shape
 from tinyllama.lab.continuation import Continuation
-from tinyllama.lab.contract import Contract
 from tinyllama.lab.figures import Cache, Card, Prediction, Results, Scorecard
 from tinyllama.lab.perplexity import Perplexity
 from tinyllama.model import Llama
@@ -42,8 +41,8 @@ def _show_broken(console: Console, card: Card) -> None:
     for clause in card.contract:
         if clause.verdict == "BROKEN":
             console.print(Text(f"  {clause.name}: {clause.says}\n    {escape(clause.example or '')}"))
-    if advice := Contract(card.name, tuple(card.contract)).remedy:
-        console.print(Text(advice))
+    if card.remedy:
+        console.print(Text(card.remedy))
     console.print()
 
 

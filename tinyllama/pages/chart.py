@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # In the SVG's own units. The left margin holds "1e-16" in the larger type that phones get.
@@ -72,5 +73,10 @@ def across(share: float) -> float:
 
 def tick_step(count: int) -> int:
     """1, 2 or 5 times a power of ten, so that few steps make up the count."""
-    sizes = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
-    return next(size for size in sizes if count / size <= MOST_TICKS)
+    return round(rounded_up(max(count / MOST_TICKS, 1)))
+
+
+def rounded_up(value: float) -> float:
+    """1, 2 or 5 times a power of ten, at or above a positive value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(float(f"{n * power:.1g}") for n in (1, 2, 5, 10) if n * power >= value * (1 - 1e-9))

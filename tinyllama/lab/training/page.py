@@ -9,7 +9,18 @@ from typing import Any
 from tinyllama.lab.training.experiment import Experiment
 from tinyllama.lab.training.findings import Finding
 from tinyllama.pages import render
-from tinyllama.pages.chart import BOTTOM, COLOURS, MOST_TICKS, TOP, Chart, Curve, Tick, across, tick_step
+from tinyllama.pages.chart import (
+    BOTTOM,
+    COLOURS,
+    MOST_TICKS,
+    TOP,
+    Chart,
+    Curve,
+    Tick,
+    across,
+    rounded_up,
+    tick_step,
+)
 
 FORMATS = {
     "loss": "{:.3f}",
@@ -77,7 +88,7 @@ def loss_chart(experiment: Experiment) -> Chart:
     }
     finite = [loss for looked in losses.values() for seeds in looked for loss in seeds if math.isfinite(loss)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    step = nice((high - low) / (MOST_TICKS - 2) or 0.1)
+    step = rounded_up((high - low) / (MOST_TICKS - 2) or 0.1)
     first, last = math.floor(low / step), math.ceil(high / step)
     last += last == first
 
@@ -116,12 +127,6 @@ def loss_chart(experiment: Experiment) -> Chart:
         ),
         notes=(),
     )
-
-
-def nice(value: float) -> float:
-    """1, 2 or 5 times a power of ten, at or above a positive value."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(n * power for n in (1, 2, 5, 10) if n * power >= value * (1 - 1e-9))
 
 
 class Interval:
