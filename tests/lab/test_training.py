@@ -282,7 +282,7 @@ def test_a_kernel_that_sees_the_future_is_not_trained(train_script, tmp_path):
 def test_another_model_s_tokenizer_and_shape(train_script, tmp_path, smollm2_folder):
     config = json.loads((smollm2_folder / "config.json").read_text("utf-8"))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 5}  # another vocabulary's
     (tmp_path / "config.json").write_text(json.dumps(config | small | heads), "utf-8")
     status, out, err = train_script(
         "sdpa", "--tokenizer", str(smollm2_folder), "--config", "config.json", "--json"
