@@ -145,16 +145,20 @@ def test_ctrl_c_ends_all_ranks_with_130(small):
     assert out.endswith("\n")
 
 
-@unix
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
-def test_a_killed_rank_ends_the_others_with_one_line(rank, small):
-    process = generating(small)
+def kill_and_read_one_line(process, rank):
     os.kill(ranks_of(process)[rank], signal.SIGKILL)
     status, _, err = ended(process)
     assert status == 1
     assert err.count("\n") == 1
     assert f"rank {rank} was ended by SIGKILL" in err
+
+
+@unix
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
+def test_a_killed_rank_ends_the_others_with_one_line(rank, small):
+    process = generating(small)
+    kill_and_read_one_line(process, rank)
 
 
 @slow
@@ -171,11 +175,7 @@ def test_a_rank_killed_at_any_moment_is_told_in_one_line(seed, small):
     while len(ranks_of(process)) < 2 or (looks := looks - 1) > 0:
         assert process.poll() is None
     rank = draw.randrange(2)
-    os.kill(ranks_of(process)[rank], signal.SIGKILL)
-    status, _, err = ended(process)
-    assert status == 1
-    assert err.count("\n") == 1
-    assert f"rank {rank} was ended by SIGKILL" in err
+    kill_and_read_one_line(process, rank)
 
 
 @slow
