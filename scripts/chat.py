@@ -50,7 +50,7 @@ def main() -> int:
     args = parse()
     warnings.showwarning = options.note_warning
     settings = options.sampling(args)
-    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
+    model, tokenizer = options.load(args, args.weights, args.graph)
     # A model without a chat template is refused now, not at the first message.
     tokenizer.chat([{"role": "user", "content": "Hello"}])
 
@@ -88,6 +88,7 @@ def parse() -> argparse.Namespace:
     options.add_sampling_options(parser)
     options.add_model_options(parser)
     options.add_speed_options(parser)
+    options.add_rank_options(parser)
     return parser.parse_args()
 
 

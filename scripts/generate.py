@@ -35,7 +35,7 @@ def main() -> int:
         settings["seed"] = secrets.randbits(32)  # --stats shows it, so that the run can be repeated
 
     start = time.perf_counter()
-    model, tokenizer = options.load(args, args.weights, args.graph, args.split)
+    model, tokenizer = options.load(args, args.weights, args.graph)
     load_seconds = time.perf_counter() - start
 
     ids = together.share(lambda: prompt_ids(args, tokenizer))
@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     options.add_sampling_options(parser)
     options.add_model_options(parser)
     options.add_speed_options(parser)
+    options.add_rank_options(parser)
     args = parser.parse_args()
     if args.strict_chat and not args.chat:
         parser.error("--strict-chat needs --chat")

@@ -70,7 +70,14 @@ def main() -> None:
         "--split",
         choices=["exact", "fast"],
         default="exact",
-        help="how they share them; see docs/parallel.md (default: %(default)s)",
+        help="how they share matrices; see docs/parallel.md (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="stages that share the layers (default: %(default)s)",
     )
     args = parser.parse_args()
 
@@ -83,7 +90,7 @@ def main() -> None:
         weight_bytes={dtype: size * model.num_parameters() for dtype, size in BYTES.items()},
         kv_cache_bytes=kv_cache_bytes(config),
         flops_per_token={keys: flops(config, keys) for keys in context_points(config)},
-        ranks=None if args.ranks is None else shared(model, args.ranks, args.split),
+        ranks=None if args.ranks is None else shared(model, args.ranks, args.split, args.pipeline),
     )
     if args.json:
         print(json.dumps(summary._asdict() | {"config": dataclasses.asdict(config)}, indent=2))
@@ -155,16 +162,19 @@ def flops(config: LlamaConfig, keys: int) -> int:
     return 2 * (parts["attention"] + parts["mlp"] + head + attending)
 
 
-def shared(model: Llama, ranks: int, split: str) -> dict[str, Any]:
+def shared(model: Llama, ranks: int, split: str, pipeline: int) -> dict[str, Any]:
     """Which part of each weight every rank has, their sizes, and what each receives for a token."""
     from tinyllama.parallel.plan import Plan
 
-    plan = Plan.of(model.config, ranks, split)
+    plan = Plan.of(model.config, ranks, split, pipeline)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     numbers = [plan.parameters(shapes, rank) for rank in range(ranks)]
     cuts = {name: plan.cut(name) for name in shapes}
     return {
         "split": split,
+        "layers": [
+            [part.start, part.stop] for part in (plan.layers[plan.stage(rank)] for rank in range(ranks))
+        ],
         "weights": {
             name: {"axis": cut.axis, "parts": [[part.start, part.stop] for part in cut.parts]}
             for name, cut in cuts.items()
@@ -172,29 +182,35 @@ def shared(model: Llama, ranks: int, split: str) -> dict[str, Any]:
         "parameters": numbers,
         "weight_bytes": {dtype: [size * number for number in numbers] for dtype, size in BYTES.items()},
         "kv_heads": [[part.start, part.stop] for part in plan.kv_heads],
-        "received_bytes_per_token": {dtype: plan.received(size) for dtype, size in BYTES.items()},
+        "received_bytes_per_token": {
+            dtype: [plan.received(size, rank) for rank in range(ranks)] for dtype, size in BYTES.items()
+        },
     }
 
 
 def rank_tables(figures: dict[str, Any]) -> list[Table]:
-    """The plan, for a reader. Layers are alike, so the first one stands for all; norms are on every rank."""
-    cuts = {name.split(".")[-2]: cut for name, cut in figures["weights"].items() if cut["parts"]}
+    """The plan, for a reader. Layers are alike, so one of a rank's stands for all; norms are whole."""
+    axes: dict[str, int] = {}
+    parts_of: dict[tuple[str, int], list[int]] = {}
+    for name, cut in figures["weights"].items():
+        kind = name.split(".")[-2]
+        axes[kind] = cut["axis"]
+        parts_of |= {(kind, rank): part for rank, part in enumerate(cut["parts"]) if part[0] < part[1]}
     kinds = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "embed_tokens"]
     titles = ["q", "k, v", "o", "gate, up", "down", "embed, head"]
     heads = [
-        f"{title} {'columns' if cuts[kind]['axis'] else 'rows'}"
-        for kind, title in zip(kinds, titles, strict=True)
+        f"{title} {'columns' if axes[kind] else 'rows'}" for kind, title in zip(kinds, titles, strict=True)
     ]
-    parts = table(f"Rank, {figures['split']} split", *heads)
+    parts = table(f"Rank, {figures['split']} split", "layers", *heads)
     sizes = table("Rank", "parameters", *(f"{dtype} bytes" for dtype in BYTES))
     for rank, number in enumerate(figures["parameters"]):
-        ranges = (cuts[kind]["parts"][rank] for kind in kinds)
+        ranges = (figures["layers"][rank], *(parts_of[kind, rank] for kind in kinds))
         parts.add_row(str(rank), *(f"{start}-{stop - 1}" for start, stop in ranges))
         nbytes = (numbers[rank] for numbers in figures["weight_bytes"].values())
         sizes.add_row(str(rank), f"{number:,}", *(f"{size:,}" for size in nbytes))
-    received = table("A rank receives", "bytes a token")
-    for dtype, number in figures["received_bytes_per_token"].items():
-        received.add_row(dtype, f"{number:,}")
+    received = table("A rank receives", "bytes a token, at most")
+    for dtype, numbers in figures["received_bytes_per_token"].items():
+        received.add_row(dtype, f"{max(numbers):,}")
     return [parts, sizes, received]
 
 

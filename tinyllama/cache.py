@@ -27,7 +27,7 @@ class KVCache:
     lengths. How long the rows are, only the caller knows then; attention reads the whole capacity behind a
     mask, and `first` gives a smaller view of the same memory to save work.
 
-    `kv_heads` is K; None takes the config's.
+    `layers` and `kv_heads` are those to keep; None is all of the config's.
 
     Attributes:
         keys: (L, B, K, 1 + capacity, D). Position p lives in slot p + 1; slot 0 takes what padding writes.
@@ -46,10 +46,13 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        kv_heads: int | None = None,
+        layers: range | None = None,
+        kv_heads: range | None = None,
     ) -> None:
-        K = config.num_key_value_heads if kv_heads is None else kv_heads
-        shape = (config.num_hidden_layers, batch, K, 1 + capacity, config.head_dim)
+        layers = layers or range(config.num_hidden_layers)
+        kv_heads = kv_heads or range(config.num_key_value_heads)
+        self.first_layer = layers.start
+        shape = (len(layers), batch, len(kv_heads), 1 + capacity, config.head_dim)
         check_memory("the KV cache", 2 * math.prod(shape) * dtype.itemsize, torch.device(device))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -94,7 +97,7 @@ class KVCache:
             Keys and values, each (B, K, S, D).
         """
         T, S = mask.allowed.shape[-2:]
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer - self.first_layer], self.values[layer - self.first_layer]
         if mask.causal:  # every row ends with its T new tokens: a slice, written twice as fast as by index
             keys.narrow(2, 1 + S - T, T).copy_(k)
             values.narrow(2, 1 + S - T, T).copy_(v)

@@ -9,6 +9,9 @@ with tinyllama.capture(model, "layers.*") as residual:  # the residual stream af
 with tinyllama.patch(model, {"layers.5.mlp": torch.zeros_like}):  # without one MLP
     logits = model(ids)
 ```
+
+Where processes share a model (parallel/), each computes its own heads and channels. `whole=True` makes a
+value whole on every rank; all ranks must ask for the same.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,12 +54,17 @@ Replacement = Tensor | Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
+def capture(model: Llama, *patterns: str, whole: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the values at addresses while the block runs; the hooks are gone after it, whatever happens.
 
     Yields a dictionary from address to value in the order of the computation, filled again by each pass: copy
     what a later pass must not replace. Values are what the model computed, not copies; where gradients are
     recorded they belong to the graph.
+
+    Args:
+        model: the model.
+        patterns: addresses, with * for any part.
+        whole: where processes share the model, gather the parts of each value: the same on every rank.
 
     Raises:
         InputError: an address does not exist, or nothing computed it (a fused kernel has no scores and no
@@ -66,6 +73,13 @@ def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
     """
     wanted = matching(model, *patterns)
     values: dict[str, Tensor] = {}
+    sharing = _sharing(model, wanted, whole)
+
+    def keep(address: str) -> Callable[[Tensor], None]:
+        def keep_one(value: Tensor) -> None:
+            values[address] = value if sharing is None else sharing.whole(address, value)
+
+        return keep_one
 
     def check(_attention: nn.Module, args: tuple[Any, ...]) -> None:
         x, _, mask, _ = args
@@ -74,38 +88,45 @@ def capture(model: Llama, *patterns: str) -> Iterator[dict[str, Tensor]]:
         check_memory("what is captured", needed, x.device, "name fewer addresses, or run shorter texts")
 
     before = model.get_submodule("layers.0.self_attn").register_forward_pre_hook(check)
-    keep = {address: partial(values.__setitem__, address) for address in wanted}
-    with before, hooked(model, keep):
+    functions = {address: keep(address) for address in wanted}
+    with before, hooked(model, functions), ExitStack() as after:
+        if sharing is not None:  # the final norm is computed when all layers are
+            after.enter_context(hooked(model, {"norm": lambda _: sharing.deliver(values, wanted)}))
         yield values
     _require_fired(model, wanted, values)
 
 
 @contextmanager
-def patch(model: Llama, replacements: Mapping[str, Replacement]) -> Iterator[None]:
+def patch(model: Llama, replacements: Mapping[str, Replacement], *, whole: bool = False) -> Iterator[None]:
     """Replace values at addresses while the block runs; undone after it, whatever happens.
 
     Args:
         model: the model.
         replacements: address or pattern -> the tensor to put there, or a function from the value to the one
             in its place. Where several name one address, they act in this order.
+        whole: where processes share the model, the values and what replaces them are whole, on every rank.
 
     Raises:
         InputError: as for `capture`, or a replacement has another shape, dtype or device than the value.
     """
     wanted, fired = matching(model, *replacements), dict[str, bool]()
+    sharing = _sharing(model, wanted, whole)
     with ExitStack() as hooks:
         for pattern, replacement in replacements.items():
             for address in matching(model, pattern):
 
                 def replace(value: Tensor, at: str = address, new: Replacement = replacement) -> Tensor:
                     fired[at] = True
+                    if sharing is not None:
+                        value = sharing.spread(at, sharing.whole(at, value))
                     result = new(value) if callable(new) else new
                     _require_alike(at, result, value)
-                    return result
+                    return result if sharing is None else sharing.part(at, result)
 
                 hooks.enter_context(hooked(model, {address: replace}))
         yield
-    _require_fired(model, wanted, fired)
+    own = [address for address in wanted if sharing is None or sharing.computes(address)]
+    _require_fired(model, own, fired)
 
 
 @contextmanager
@@ -127,7 +148,7 @@ def addresses(model: Llama) -> list[str]:
     paths = []
     for path, module in model.named_modules():
         computes = not isinstance(module, (nn.ModuleList, RotaryEmbedding))
-        if path and computes and ".kernel" not in path:
+        if path and computes and not {"kernel", "own"} & set(path.split(".")):
             paths.append(path)
     return paths
 
@@ -179,6 +200,20 @@ def numel(config: LlamaConfig, address: str, B: int, T: int, S: int) -> int:
 def _match(address: str, pattern: str) -> bool:
     parts, wanted = address.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _sharing(model: Llama, wanted: Iterable[str], whole: bool) -> Any:
+    """What makes values whole; None if they are to stay as this process has them."""
+    if model.sharing is None or whole:
+        return model.sharing
+    for address in wanted:
+        if not model.sharing.computes(address):
+            layers = model.sharing.layers
+            raise InputError(
+                f"{address}: expected one of layers {layers.start} to {layers.stop - 1}, which this rank "
+                "computes; whole=True brings the others"
+            )
+    return None
 
 
 def _require_fired(model: Llama, wanted: Iterable[str], fired: Mapping[str, object]) -> None:

@@ -86,7 +86,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Takes decode steps in place of the model where one is set: a recording (see fast/graph.py).
         self.step: Callable[[Tensor, KVCache, Tensor], Tensor] | None = None
-        self.kv_heads = config.num_key_value_heads  # in this process; see parallel/
+        self.sharing: Any = None  # who has what, where processes share the model; see parallel/sharing.py
         self.tie_weights()
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
@@ -137,18 +137,21 @@ class Llama(nn.Module):
         return steps
 
     def agree(self, chosen: Tensor) -> Tensor:
-        """The ids chosen in a step, (B,). Where processes share the model, the first one's; see parallel/."""
-        return chosen
+        """The ids chosen in a step, (B,). Where processes share the model, the first one's."""
+        return chosen if self.sharing is None else self.sharing.ranks.agree(chosen)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, in the model's dtype, on its device."""
         device = self.embed_tokens.weight.device
-        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=device, kv_heads=self.kv_heads)
+        own = (
+            {} if self.sharing is None else {"layers": self.sharing.layers, "kv_heads": self.sharing.kv_heads}
+        )
+        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=device, **own)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations; matrices may be stored in fewer bits."""
-        return self.get_parameter("layers.0.input_layernorm.weight").dtype
+        return self.norm.weight.dtype
 
     @property
     def attentions(self) -> list[Attention]:

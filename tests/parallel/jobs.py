@@ -32,8 +32,8 @@ def values(model: Llama) -> dict[str, Any]:
         cache = model.new_cache(2, 12)
         prompts = [some_ids(1, n, V, seed=n)[0].tolist() for n in (9, 4)]
         found["prefill of a padded batch"] = tinyllama.prefill(model, prompts, cache)
-        heads = model.attentions[0].heads
-        first = heads.start * model.kv_heads // len(heads)  # KV head
+        own = model.sharing
+        first = (0, 0) if own is None else (own.layers.start, own.kv_heads.start)
         found["cache"] = first, cache.keys, cache.values
     prompt = [id % V for id in PROMPT]
     ways: dict[str, dict[str, Any]] = {
@@ -85,13 +85,14 @@ def late(ranks: Ranks) -> str:
     return str(caught.value)
 
 
-def traffic(ranks: Ranks, folder: Path) -> list[int]:
-    """Bytes that a rank receives for one token, in each split: counted, and as planned."""
+def traffic(ranks: Ranks, folder: Path) -> list[tuple[int, int]]:
+    """Bytes that a rank receives for one token, in each split and in a pipeline: counted, and as planned."""
     found = []
-    for split in ("exact", "fast"):
-        model = load_model(folder, device="cpu", dtype="float32", ranks=ranks, split=split)
-        before = ranks.received
+    for split, stages in (("exact", 1), ("fast", 1), ("exact", 2)):
+        model = load_model(folder, device="cpu", dtype="float32", ranks=ranks, split=split, pipeline=stages)
+        before = ranks.traffic.received
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long))
-        found += [ranks.received - before, Plan.of(model.config, ranks.size, split).received(4)]
+        planned = Plan.of(model.config, ranks.size, split, stages).received(4, ranks.rank)
+        found.append((ranks.traffic.received - before, planned))
     return found

@@ -31,9 +31,10 @@ def assert_same(one: dict[str, Any], ranks: list[dict[str, Any]], tolerance: flo
         assert found.keys() == one.keys()
         for name, value in one.items():
             if name == "cache":
-                first, keys, _ = found[name]
+                (layer, head), keys, _ = found[name]
+                layers, heads = slice(layer, layer + len(keys)), slice(head, head + keys.shape[2])
                 for mine, whole in zip(found[name][1:], value[1:], strict=True):
-                    assert torch.equal(mine, whole[:, :, first : first + keys.shape[2]]), (rank, name)
+                    assert torch.equal(mine, whole[layers, :, heads]), (rank, name)
             elif isinstance(value, torch.Tensor):
                 assert torch.equal(found[name], value), (rank, name)
             else:
@@ -44,6 +45,15 @@ def model_with(kernel: Any = eager, **changes: Any) -> Llama:
     model = tiny_model(**{**WIDE, "num_hidden_layers": 2, **changes})
     model.set_attention(kernel)
     return model
+
+
+@pytest.mark.parametrize("kernel", [eager, sdpa])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_any_pipeline(stages, kernel):
+    model = model_with(kernel, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=4)
+    with torch.no_grad():
+        one = values(model)
+    assert_same(one, in_threads(model, 2 * stages, values, stages=stages))
 
 
 @pytest.mark.parametrize("kernel", [eager, sdpa])
@@ -94,56 +104,6 @@ def test_a_kernel_that_mixes_groups_is_refused():
         in_threads(model, 2, values)
 
 
-def test_what_is_captured_is_the_rank_s_part_or_the_whole():
-    import tinyllama
-
-    model, ids = model_with(num_attention_heads=6, num_key_value_heads=3), some_ids(1, 7)
-    addresses = ("layers.*", "layers.1.self_attn.z", "layers.1.self_attn.o_proj", "layers.1.mlp.product")
-
-    def captured(part: Llama) -> tuple[range, dict[str, torch.Tensor]]:
-        with torch.no_grad(), tinyllama.capture(part, *addresses) as found:
-            part(ids)
-        return part.attentions[1].heads, found
-
-    _, one = captured(model)
-    parts = in_threads(model, 2, captured)
-    for heads, found in parts:
-        for address in ("layers.0", "layers.1", "layers.1.self_attn.o_proj"):
-            assert torch.equal(found[address], one[address])
-        z = "layers.1.self_attn.z"
-        assert torch.equal(found[z], one[z][:, heads.start : heads.stop])
-    product = "layers.1.mlp.product"
-    assert torch.equal(torch.cat([found[product] for _, found in parts], -1), one[product])
-
-
-def test_what_is_patched_counts_on_every_rank():
-    import tinyllama
-
-    model, ids = model_with(num_attention_heads=6, num_key_value_heads=3), some_ids(1, 7)
-
-    def patched(part: Llama) -> torch.Tensor:
-        heads = part.attentions[1].heads
-        values = {
-            "layers.0.mlp": torch.zeros_like,  # whole on every rank
-            "layers.1.self_attn.z": lambda z: z * torch.tensor(heads)[:, None, None],  # a rank's own heads
-        }
-        with torch.no_grad(), tinyllama.patch(part, values):
-            return part(ids)
-
-    one = patched(model)
-    assert not torch.equal(one, model(ids))
-    for part in in_threads(model, 2, patched):
-        assert torch.equal(part, one)
-
-
-def test_logits_have_no_gradient_instead_of_a_wrong_one():
-    def of_logits(part: Llama) -> bool:
-        with torch.enable_grad():
-            return part(some_ids(1, 3)).requires_grad
-
-    assert in_threads(model_with(), 2, of_logits) == [False, False]
-
-
 # Processes
 
 
@@ -154,10 +114,10 @@ def test_eight_processes_with_four_layers_of_two_kv_heads(tmp_path):
         {n if n == HEAD else f"model.{n}": t.detach().contiguous() for n, t in model.state_dict().items()},
         **{**WIDE, "vocab_size": 320, "num_hidden_layers": 4, "num_attention_heads": 8},
     )
-    cases = [{"attention": "eager"}]
-    (one,) = load_and_compare(None, folder, cases)
-    ranks = [found[0] for found in in_processes(8, tmp_path / "ranks", load_and_compare, folder, cases)]
-    assert_same(one, ranks)
+    (one,) = load_and_compare(None, folder, [{"attention": "eager"}])
+    ways = [{"attention": "eager", "pipeline": stages} for stages in (1, 2)]
+    for ranks in zip(*in_processes(8, tmp_path / "ranks", load_and_compare, folder, ways), strict=True):
+        assert_same(one, list(ranks))
 
 
 TRAINED: dict[int, list[dict[str, Any]]] = {

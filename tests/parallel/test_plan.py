@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -57,6 +59,25 @@ def test_the_parts_of_every_weight_are_the_whole_once(config, ranks, mode):
 
 
 @settings(max_examples=60)
+@given(configs(), st.integers(1, 4), st.sampled_from(MODES))
+def test_the_layers_of_a_pipeline_are_cut_among_the_ranks_of_their_stage(config, each, mode):
+    config = replace(config, num_hidden_layers=5)
+    alone, plan = Plan.of(config, each, mode), Plan.of(config, 2 * each, mode, 2)
+    assert [list(layers) for layers in plan.layers] == [[0, 1], [2, 3, 4]]
+    for name, shape in shapes(config).items():
+        cut = plan.cut(name)
+        if not name.startswith("layers."):
+            assert cut == Plan.of(config, 2 * each, mode).cut(name)
+            continue
+        stage = int(int(name.split(".")[1]) in plan.layers[1])
+        for rank in range(2 * each):
+            if plan.stage(rank) == stage:
+                assert cut.shape(shape, rank) == alone.cut(name).shape(shape, rank % each)
+            else:
+                assert 0 in cut.shape(shape, rank)
+
+
+@settings(max_examples=60)
 @given(configs(), st.integers(1, 9), st.sampled_from(MODES))
 def test_every_rank_has_query_heads_and_exactly_the_kv_heads_that_they_read(config, ranks, mode):
     plan = Plan.of(config, ranks, mode)
@@ -100,7 +121,7 @@ def test_a_tied_head_is_cut_like_the_embedding_and_the_shares_are_counted():
     assert plan.parameters(whole, 0) == (sum(config.parameters.values()) - norms) // 2 + norms
 
 
-@pytest.mark.parametrize("arguments", [(0,), (2049,), (2, "quick")])
+@pytest.mark.parametrize("arguments", [(0,), (2049,), (2, "quick"), (3, "exact", 2), (46, "exact", 23)])
 def test_what_cannot_be_planned_is_refused(arguments):
     with pytest.raises(InputError):
         Plan.of(LlamaConfig(), *arguments)

@@ -47,11 +47,21 @@ class Threads(Ranks):
     """Ranks that are threads: what they send is the tensor itself."""
 
     def __init__(self, meeting: Meeting, rank: int, size: int) -> None:
-        self.meeting, self.rank, self.size = meeting, rank, size
+        self.meeting, self.rank, self.size, self.device = meeting, rank, size, torch.device("cpu")
+
+    def divide(self, stages: int) -> Threads:
+        size = self.size // stages
+        meetings = self.meeting.exchange(self.rank, Meeting(size))  # of each stage, that of its first rank
+        return type(self)(meetings[self.rank - self.rank % size], self.rank % size, size)
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
         assert x.shape[-1] == widths[self.rank]
         return self.meeting.exchange(self.rank, x.detach())
+
+    def send(self, x: Tensor, source: int) -> Tensor:
+        sent = self.meeting.exchange(self.rank, x.detach())[source]
+        assert (sent.shape, sent.dtype) == (x.shape, x.dtype)
+        return sent.clone()
 
     def agree(self, chosen: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, chosen)[0]
@@ -62,13 +72,14 @@ def in_threads(
     size: int,
     job: Callable[[Llama], Any],
     mode: str = "exact",
+    stages: int = 1,
     *,
     kind: type[Threads] = Threads,
     narrowed: Callable[[Plan], Plan] = lambda plan: plan,
     part_of: Callable[[int], int] = lambda rank: rank,
 ) -> list[Any]:
     """What each rank's job gives for its part of the model; the last three arguments can plant a mistake."""
-    plan = Plan.of(model.config, size, mode)
+    plan = Plan.of(model.config, size, mode, stages)
     meeting, results = Meeting(size), [None] * size
     failures: list[BaseException] = []
 

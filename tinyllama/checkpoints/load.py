@@ -49,6 +49,7 @@ def load(
     graph: bool = False,
     ranks: Ranks | None = None,
     split: str = "exact",
+    pipeline: int = 1,
 ) -> tuple[Llama, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -63,6 +64,7 @@ def load(
             kernels, started at once. See `fast.graph`.
         ranks: see `load_model`.
         split: see `load_model`.
+        pipeline: see `load_model`.
 
     Raises:
         InputError: the model cannot be found or used; the message says why and what to do.
@@ -80,7 +82,14 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(
-        folder, device=device, dtype=dtype, attention=attention, weights=weights, ranks=ranks, split=split
+        folder,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        weights=weights,
+        ranks=ranks,
+        split=split,
+        pipeline=pipeline,
     )
     if graph:
         record_steps(model)
@@ -96,6 +105,7 @@ def load_model(
     weights: str = "exact",
     ranks: Ranks | None = None,
     split: str = "exact",
+    pipeline: int = 1,
 ) -> Llama:
     """Load a checkpoint folder.
 
@@ -111,9 +121,10 @@ def load_model(
         weights: how matrices are kept. "exact": in `dtype`, and every bit is that of transformers. For speed,
             without gradients, equal but for rounding: "stored", as in the file where that is narrower than
             `dtype`; "float32", "bfloat16" or "float16"; "int8", with a scale for every 64. See `storage`.
-        ranks: this process among those that share the model; it reads and keeps its own part alone, and
-            records no gradients. None: it has the whole model.
+        ranks: this process among those that share the model; it reads and keeps its own part alone. None: it
+            has the whole model.
         split: how it is shared: "exact", every bit that of one process, or "fast"; see `parallel.plan`.
+        pipeline: into how many stages of layers the ranks are divided; each stage shares its layers.
 
     Raises:
         InputError: the folder, the config or the weights cannot be used; the message says why.
@@ -127,8 +138,11 @@ def load_model(
     check_kernel(folder, kernel_name(chosen), kernel_source(chosen))
     stored = find_tensors(folder)
     model = _skeleton(config, stored, folder)
-    plan = None if ranks is None else _join(model, ranks, split, folder, stored)
+    plan = None if ranks is None else Plan.of(config, ranks.size, split, pipeline)
+    if plan is not None and ranks is not None:
+        _join(model, plan, ranks, folder, stored)
     own = {name: tensor.numel() for name, tensor in model.state_dict().items()}  # of this process
+    elsewhere = {name for name, numbers in own.items() if numbers == 0}  # in another stage
     sizes = {name: own[name] * tensor.dtype.itemsize for name, tensor in stored.items()}
     widest = max((tensor.dtype for tensor in stored.values()), key=lambda dtype: dtype.itemsize)
     claims = storage.claims({tensor.dtype for tensor in stored.values()}) if device.type == "cpu" else []
@@ -136,7 +150,8 @@ def load_model(
     check_memory("the model", int(model.num_parameters() * storage.itemsize(widest)), device)
 
     with byte_progress(f"loading {folder.name}", sum(sizes.values())) as advance:
-        state = {}
+        empty = ((name, model.get_parameter(name).shape) for name in elsewhere)
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in empty}
         matrices = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
         if config.tie_word_embeddings:
             matrices.remove(HEAD)  # it is compared with the embedding first
@@ -145,7 +160,8 @@ def load_model(
             for name, tensor in stored.items()
         }
         places = {} if plan is None or ranks is None else plan.places(stored, ranks.rank)
-        for name, values in _read(stored, device, dtypes, places, rounded=storage.kind == "int8"):
+        here = {name: tensor for name, tensor in stored.items() if name not in elsewhere}
+        for name, values in _read(here, device, dtypes, places, rounded=storage.kind == "int8"):
             state[name] = values
             if storage.kind != "exact" and name in matrices:
                 _keep(model, state, name, storage)
@@ -172,21 +188,20 @@ def load_model(
         from tinyllama.parallel.layers import connect
 
         ranks.same("compiled code", ", ".join(claim.name for claim in claims if claim.holds))
-        ranks.bytes_read = sum(sizes.values())
+        ranks.traffic.bytes_read = sum(sizes.values())
         connect(model, plan, ranks)
     return model
 
 
-def _join(model: Llama, ranks: Ranks, split: str, folder: Path, stored: dict[str, StoredTensor]) -> Plan:
+def _join(model: Llama, plan: Plan, ranks: Ranks, folder: Path, stored: dict[str, StoredTensor]) -> None:
     """Agree with the other ranks on what is loaded, and leave the model without weights this rank's part."""
     from tinyllama.parallel.layers import narrow
     from tinyllama.parallel.ranks import checkpoint_version, code_version
 
     ranks.same("version of the code", code_version())
     ranks.same("checkpoint", checkpoint_version(folder / "config.json", stored))
-    plan = Plan.of(model.config, ranks.size, split)
+    ranks.same("split and pipeline", f"{plan.mode} and {plan.stages}")
     narrow(model, plan, ranks.rank)
-    return plan
 
 
 def _keep(model: Llama, state: dict[str, Tensor], name: str, storage: Storage) -> None:

@@ -131,11 +131,23 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
         help="on a GPU, record the first decode step as a CUDA graph and replay it for the others: the same "
         "bits, some four times as fast",
     )
-    parser.add_argument(
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """How several ranks share the model; see `load`."""
+    group = parser.add_argument_group("under torchrun (see docs/parallel.md)")
+    group.add_argument(
         "--split",
         choices=["exact", "fast"],
-        help="under torchrun, how the ranks share the model: exact gives the bits of one process, fast sends "
-        "half as many messages; see docs/parallel.md (default: exact)",
+        help="how matrices are shared: exact gives the bits of one process, fast sends half as many messages "
+        "(default: exact)",
+    )
+    group.add_argument(
+        "--pipeline",
+        type=positive,
+        metavar="N",
+        help="divide the layers into N stages and the ranks among them, where matrices alone are not enough "
+        "(default: 1)",
     )
 
 
@@ -238,9 +250,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
-def load(
-    args: argparse.Namespace, weights: str = "exact", graph: bool = False, split: str | None = None
-) -> tuple[Llama, Tokenizer]:
+def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
     """The model and tokenizer that the options name; the others are those of `tinyllama.load`.
 
     Raises:
@@ -249,8 +259,9 @@ def load(
     from tinyllama.device import usable_device
     from tinyllama.lab.kernel_file import load_kernel
 
-    if split and together.size() == 1:
-        raise InputError(f"--split {split} is for several ranks; start the script by torchrun")
+    shared = {name: value for name in ("split", "pipeline") if (value := getattr(args, name, None))}
+    if shared and together.size() == 1:
+        raise InputError(f"--{min(shared)} is for several ranks; start the script by torchrun")
     if together.size() > 1 and (graph or args.device not in ("cpu", "cuda")):
         got = "--graph" if graph else f"--device {args.device}"
         raise InputError(
@@ -271,7 +282,7 @@ def load(
         threads=args.threads,
         graph=graph,
         ranks=ranks,
-        split=split or "exact",
+        **shared,
     )
 
 

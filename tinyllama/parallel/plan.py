@@ -1,5 +1,8 @@
 """Which part of each weight a rank has: a pure function of the config and the number of ranks.
 
+Layers are dealt out to stages, and to each stage as many ranks, which cut its matrices. One stage is usual:
+every rank has a part of all layers. The embedding and the head are cut over all ranks.
+
 Heads are dealt out in whole KV groups: a rank has some KV heads and all query heads that read them. Where
 there are more ranks than KV heads, several ranks have the same KV head. In the exact split they all compute
 the whole group, and the first of them counts: PyTorch's sdpa gives other bits for a part of a group. In the
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import InputError
@@ -51,18 +55,22 @@ class Plan:
     Attributes:
         config: of the model.
         ranks: how many there are.
+        stages: of layers; each has as many ranks.
         mode: "exact" cuts every matrix by output rows, so no dot product is cut. "fast" cuts those that end a
             branch (o_proj, down_proj) by input columns: half as many messages, other rounding.
-        heads: query heads, by rank.
-        kv_heads: KV heads, by rank.
-        mlp: channels inside the MLP, by rank.
-        hidden: channels of the residual stream that a rank computes in exact mode.
+        layers: by stage.
+        heads: query heads, by rank of a stage.
+        kv_heads: KV heads, by rank of a stage.
+        mlp: channels inside the MLP, by rank of a stage.
+        hidden: channels of the residual stream that a rank of a stage computes in exact mode.
         vocabulary: ids, by rank: rows of the embedding and of the head, so that a tied one stays one tensor.
     """
 
     config: LlamaConfig
     ranks: int
+    stages: int
     mode: str
+    layers: Parts
     heads: Parts
     kv_heads: Parts
     mlp: Parts
@@ -70,37 +78,55 @@ class Plan:
     vocabulary: Parts
 
     @staticmethod
-    def of(config: LlamaConfig, ranks: int, mode: str = "exact") -> Plan:
+    def of(config: LlamaConfig, ranks: int, mode: str = "exact", stages: int = 1) -> Plan:
         """The plan for that many ranks.
 
         Raises:
             InputError: there is no such mode, no rank, or a rank would have nothing to compute.
         """
+        L = config.num_hidden_layers
+        if not 1 <= stages <= L or ranks % stages:
+            raise InputError(
+                f"pipeline: expected 1 to {L} stages, as many as layers at most, that divide {ranks} ranks "
+                f"evenly, got {stages}"
+            )
         most = min(config.vocab_size, config.hidden_size, config.intermediate_size)
         if not 1 <= ranks <= most:
             raise InputError(f"ranks: expected 1 to {most}, the model's smallest width, got {ranks}")
         if mode not in MODES:
             raise InputError(f"split: expected {' or '.join(MODES)}, got {mode!r}")
+        each = ranks // stages
         heads, kv_heads = _heads(
-            config.num_attention_heads, config.num_key_value_heads, ranks, mode == "exact"
+            config.num_attention_heads, config.num_key_value_heads, each, mode == "exact"
         )
         return Plan(
             config,
             ranks,
+            stages,
             mode,
+            shares(L, stages),
             heads,
             kv_heads,
-            mlp=shares(config.intermediate_size, ranks, WIDTH),
-            hidden=shares(config.hidden_size, ranks, ROWS),
+            mlp=shares(config.intermediate_size, each, WIDTH),
+            hidden=shares(config.hidden_size, each, ROWS),
             vocabulary=shares(config.vocab_size, ranks, ROWS),
         )
 
+    @property
+    def each(self) -> int:
+        """How many ranks a stage has."""
+        return self.ranks // self.stages
+
+    def stage(self, rank: int) -> int:
+        """The stage of a rank."""
+        return rank // self.each
+
     def cut(self, name: str) -> Cut:
         """How the weight of that name is dealt out; `name` as in the model's state_dict."""
-        D, layer = self.config.head_dim, name.split(".")[-2]
+        D, (*path, kind, _) = self.config.head_dim, name.split(".")
         own_heads = times(self.heads, D)
         exact = self.mode == "exact"
-        return {
+        cut = {
             "q_proj": Cut(0, own_heads),
             "k_proj": Cut(0, times(self.kv_heads, D)),
             "v_proj": Cut(0, times(self.kv_heads, D)),
@@ -110,7 +136,13 @@ class Plan:
             "down_proj": Cut(0, self.hidden) if exact else Cut(1, self.mlp),
             "embed_tokens": Cut(0, self.vocabulary),
             "lm_head": Cut(0, self.vocabulary),
-        }.get(layer, Cut(None))
+        }.get(kind, Cut(None))
+        if self.stages == 1 or path[:1] != ["layers"]:
+            return cut
+        there = cut.parts or (range(self.config.hidden_size),) * self.each  # a norm is whole
+        elsewhere, layer = (range(0),) * self.each, int(path[1])
+        parts = [there if layer in layers else elsewhere for layers in self.layers]
+        return Cut(cut.axis or 0, tuple(chain(*parts)))
 
     def places(self, names: Iterable[str], rank: int) -> dict[str, tuple[slice, ...]]:
         """Where a rank's part of each weight is; see `Cut.place`."""
@@ -120,15 +152,18 @@ class Plan:
         """How many numbers a rank has of weights of these shapes."""
         return sum(math.prod(self.cut(name).shape(shape, rank)) for name, shape in shapes.items())
 
-    def received(self, itemsize: int) -> int:
+    def received(self, itemsize: int, rank: int = 0) -> int:
         """Bytes that a rank receives for one token, with activations of that size; see `layers`."""
-        C, L, others = self.config.hidden_size, self.config.num_hidden_layers, self.ranks - 1
+        C, layers, others = self.config.hidden_size, self.layers[self.stage(rank)], self.each - 1
         if self.mode == "exact":
             z, mlp, hidden = (_widest(parts) for parts in (self.heads, self.mlp, self.hidden))
             layer = (z * self.config.head_dim + mlp + 2 * hidden) * itemsize
         else:
             layer = 2 * C * max(itemsize, 4)  # partial sums, in float32 at least
-        return others * (L * layer + (C + _widest(self.vocabulary)) * itemsize)
+        ends = (self.ranks - 1) * (C + _widest(self.vocabulary)) * itemsize
+        # After each stage its first rank tells all others.
+        stages = 0 if self.stages == 1 else self.stages - (rank % self.each == 0)
+        return others * len(layers) * layer + ends + stages * C * itemsize
 
 
 def _widest(parts: Parts) -> int:

@@ -13,6 +13,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +27,6 @@ from torch.nn import functional as F
 import tinyllama
 from tinyllama.checkpoints.headers import StoredTensor
 from tinyllama.errors import InputError
-from tinyllama.parallel.plan import Parts, owners
 
 Value = TypeVar("Value")
 
@@ -47,15 +48,23 @@ class RankEndedError(RankError):
         super().__init__("ranks: another rank ended; look at what it said, and start again")
 
 
+@dataclass
+class Traffic:
+    """Bytes of the weight files that a rank read, bytes it received, seconds it spent in collectives."""
+
+    bytes_read: int = 0
+    received: int = 0
+    seconds: float = 0.0
+
+
 class Ranks:
     """One process among those that compute a model together.
 
     Attributes:
         rank: its number; rank 0 prints, and its choice of the next id counts.
         size: how many there are.
-        received: bytes that came from other ranks.
-        bytes_read: of the weight files, by this rank.
-        seconds: time spent in collectives, waiting included. On a GPU it is the time to start them.
+        traffic: bytes of the weight files that this rank read, bytes that came from other ranks, and seconds
+            spent in collectives, waiting included. On a GPU it is the time to start them.
 
     Args:
         store: where all ranks meet, for example `torch.distributed.FileStore(path, size)`.
@@ -72,12 +81,15 @@ class Ranks:
         self, store: dist.Store, rank: int, size: int, *, backend: str = "gloo", limit: float = SECONDS
     ) -> None:
         self.rank, self.size, self.limit = rank, size, limit
-        self.received, self.bytes_read, self.seconds = 0, 0, 0.0
+        self.traffic = Traffic()
+        self._group: dist.ProcessGroup | None = None  # all
+        self.device = torch.device("cpu")  # where what is sent lies
         self._store, self._turns = dist.PrefixStore("tinyllama", store), 0
         self._busy = False  # whether the ranks compute, so that none may leave alone
         self._stopped = False  # whether Ctrl-C came meanwhile
         if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(self.device)
         self._talk(
             lambda: dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit)
@@ -104,10 +116,22 @@ class Ranks:
 
     def __str__(self) -> str:
         """For a line of statistics."""
+        traffic = self.traffic
         return (
-            f"{self.size}; this one read {self.bytes_read / 1e6:,.0f} MB of weights, received "
-            f"{self.received / 1e6:,.1f} MB, and was {self.seconds:.1f} s in collectives"
+            f"{self.size}; this one read {traffic.bytes_read / 1e6:,.0f} MB of weights, received "
+            f"{traffic.received / 1e6:,.1f} MB, and was {traffic.seconds:.1f} s in collectives"
         )
+
+    def divide(self, stages: int) -> Ranks:
+        """The ranks of its stage alone, as this one sees them; they are dealt out in order, evenly."""
+        if stages == 1:
+            return self
+        stage, size = copy(self), self.size // stages
+        for first in range(0, self.size, size):  # every rank takes part in making every group
+            group = dist.new_group(list(range(first, first + size)), timeout=timedelta(seconds=self.limit))
+            if first <= self.rank < first + size:
+                stage.rank, stage.size, stage._group = self.rank - first, size, group
+        return stage
 
     # What is sent in every pass
 
@@ -117,24 +141,28 @@ class Ranks:
         Bytes are sent, so every dtype arrives as it is. Narrow parts are filled up to the widest, because
         neither gloo nor NCCL gathers uneven ones in one call.
 
-        Gradients are not sent: what comes out has none.
-
         Raises:
             RankError: a rank ended or is late.
         """
         self._busy = True
-        padded = F.pad(x.detach(), (0, max(widths) - x.shape[-1])).contiguous()
+        padded = F.pad(x, (0, max(widths) - x.shape[-1])).contiguous()
         sent = padded.flatten().view(torch.uint8)
         every = torch.empty(self.size, len(sent), dtype=torch.uint8, device=x.device)
-        self._talk(lambda: dist.all_gather(list(every), sent))
-        self.received += (self.size - 1) * len(sent)
+        self._talk(lambda: dist.all_gather(list(every), sent, group=self._group))
+        self.traffic.received += (self.size - 1) * len(sent)
         parts = every.view(x.dtype).view(self.size, *padded.shape)
         return [part[..., :width] for part, width in zip(parts, widths, strict=True)]
 
-    def join(self, x: Tensor, parts: Parts) -> Tensor:
-        """All channels, (..., n), of which rank r has `parts[r]`; replicas count once."""
-        every = self.gather(x, [len(part) for part in parts])
-        return torch.cat([every[rank] for rank in owners(parts)], dim=-1)
+    def send(self, x: Tensor, source: int) -> Tensor:
+        """The x of rank `source`, on all ranks. Every rank's x has that shape and dtype.
+
+        Raises:
+            RankError: a rank ended or is late.
+        """
+        sent = x.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+        self._talk(lambda: dist.broadcast(sent, src=source))
+        self.traffic.received += len(sent) if self.rank != source else 0
+        return sent.view(x.dtype).view(x.shape)
 
     def agree(self, chosen: Tensor) -> Tensor:
         """The ids that rank 0 chose, (B,), on every rank; see `Llama.agree`.
@@ -159,7 +187,7 @@ class Ranks:
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise RankError(f"ranks: another rank did not answer within {self.limit:g} s") from error
             raise RankEndedError from error
-        self.seconds += time.perf_counter() - start
+        self.traffic.seconds += time.perf_counter() - start
 
     # What happens once
 

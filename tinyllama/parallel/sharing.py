@@ -1,0 +1,134 @@
+"""What a shared model knows of its parts: where each value and weight is, and how it becomes whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinyllama.hooks import shape
+from tinyllama.parallel.exchange import join, spread
+from tinyllama.parallel.plan import Parts, Plan, times
+from tinyllama.parallel.ranks import Ranks
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who has what of one model.
+
+    Attributes:
+        plan: of all weights.
+        ranks: this process among all.
+        stage: this process among the ranks of its stage.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    stage: Ranks
+
+    @property
+    def layers(self) -> range:
+        """The layers that this rank computes."""
+        return self.plan.layers[self.plan.stage(self.ranks.rank)]
+
+    @property
+    def kv_heads(self) -> range:
+        """The KV heads that this rank has of each of its layers."""
+        return self.plan.kv_heads[self.stage.rank]
+
+    # Values, by address (see hooks.py)
+
+    def stage_of(self, address: str) -> int | None:
+        """The stage that computes the value at an address; None: every rank does."""
+        top, _, rest = address.partition(".")
+        if top != "layers" or self.plan.stages == 1:
+            return None
+        layer = int(rest.partition(".")[0])
+        return next(stage for stage, layers in enumerate(self.plan.layers) if layer in layers)
+
+    def computes(self, address: str) -> bool:
+        """Whether this rank computes the value at an address, or its part of it."""
+        return self.stage_of(address) in (None, self.plan.stage(self.ranks.rank))
+
+    def whole(self, address: str, value: Tensor) -> Tensor:
+        """The whole value at an address, of which this rank has a part; on every rank of its stage."""
+        axis, parts = self._parts(address)
+        if parts is None:
+            return value
+        # What reads it is computed by every rank alike, or cut into parts again (see `part`).
+        return join(value.movedim(axis, -1), self.stage, parts).movedim(-1, axis)
+
+    def part(self, address: str, whole: Tensor) -> Tensor:
+        """The part of a whole value that this rank computes."""
+        axis, parts = self._parts(address)
+        if parts is None:
+            return whole
+        own = parts[self.stage.rank]
+        return whole.narrow(axis, own.start, len(own))
+
+    def spread(self, address: str, whole: Tensor) -> Tensor:
+        """A whole value, before each rank computes its part from it."""
+        _, parts = self._parts(address)
+        return whole if parts is None else spread(whole, self.stage, parts)
+
+    def deliver(self, values: dict[str, Tensor], addresses: Iterable[str]) -> None:
+        """Fill in the whole values that other stages computed, on all ranks; what nobody computed stays away.
+
+        Every rank must call it with the same addresses.
+        """
+        device = self.ranks.device
+        for address in addresses:
+            stage = self.stage_of(address)
+            if stage is None:
+                continue
+            source, known = stage * self.plan.each, values.get(address) if self.computes(address) else None
+            about = [-1] * 6  # the dtype and the shape
+            if known is not None:
+                about[: 1 + known.dim()] = [DTYPES.index(known.dtype), *known.shape]
+            dtype, *sizes = self.ranks.send(torch.tensor(about, device=device), source).tolist()
+            values.pop(address, None)
+            if dtype >= 0:
+                size = [n for n in sizes if n >= 0]
+                room = torch.empty(size, dtype=DTYPES[dtype], device=device) if known is None else known
+                sent = self.ranks.send(room.detach(), source)
+                values[address] = sent if known is None else known
+
+    def _parts(self, address: str) -> tuple[int, Parts | None]:
+        """The axis along which the ranks of a stage have parts of a value, and the parts."""
+        plan = self.plan
+        cuts = {"H": plan.heads, "K": plan.kv_heads, "F": plan.mlp}
+        for axis, name in enumerate(shape(address).split()):
+            letter, _, by_head = name.partition("*")
+            if letter in cuts:
+                return axis, times(cuts[letter], plan.config.head_dim) if by_head else cuts[letter]
+        return 0, None
+
+    # Figures
+
+    def union(self, figures: Tensor) -> Tensor:
+        """Figures of all layers and heads, of which each rank knows its own and has 0 elsewhere."""
+        return torch.stack(self.ranks.gather(figures, [figures.shape[-1]] * self.ranks.size)).amax(dim=0)
+
+    # Weights
+
+    def name(self, name: str) -> str:
+        """A weight's name in a model that is not shared."""
+        return name.replace(".own.", ".")
+
+    def parts(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of whole weights that this rank has."""
+        return {name: weight[self.plan.cut(name).place(self.ranks.rank)] for name, weight in weights.items()}
+
+    def whole_weights(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole weights, or what goes with them, on every rank. All must ask for the same names."""
+        found = {}
+        for name, part in parts.items():
+            cut = self.plan.cut(name)
+            axis = cut.axis or 0
+            turned = part.movedim(axis, -1)
+            found[name] = part if cut.axis is None else join(turned, self.ranks, cut.parts).movedim(-1, axis)
+        return found
