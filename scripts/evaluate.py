@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama.cli import options
+from tinyllama.cli import options, together
 from tinyllama.cli.terminal import refuse, run
 from tinyllama.progress import TableConsole, note
 
@@ -75,7 +74,7 @@ def main() -> int:
             refuse(str(error))
             return 1
     if args.json:
-        about = {"command": shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])}
+        about = {"command": together.command("evaluate")}
         print(json.dumps(about | {"scores": [asdict(score) for score in found]}, indent=1))
     else:
         show(found, args, change)

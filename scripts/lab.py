@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama.cli import options
+from tinyllama.cli import options, together
 from tinyllama.cli.terminal import read_text, run
 from tinyllama.progress import TableConsole, note, progress_line
 
@@ -37,6 +36,7 @@ EXAMPLES = """\
   python scripts/lab.py --list                          the built-in variants
   python scripts/lab.py --addresses --model smollm2     what can be captured and patched
   python scripts/lab.py --capture "layers.*.self_attn.z"        what that costs
+  torchrun --nproc-per-node 2 scripts/lab.py window                on two processes that share the model
 
 exit status: 0, 1 if a kernel breaks the contract, 2 on bad input"""
 
@@ -48,7 +48,8 @@ def main() -> int:
         show_variants()
         return 0
     if args.new:
-        write_kernel(args.new, args.with_weights)
+        if together.rank() == 0:
+            write_kernel(args.new, args.with_weights)
         return 0
 
     changes = read_changes(args)
@@ -72,12 +73,12 @@ def main() -> int:
     extent = Extent(context=args.tokens // 2, rounds=args.rounds, new_tokens=args.new_tokens)
     with progress_line() as done:
         card = scorecard(subject(model, tokenizer, args), changes, extent, done)
-    card.machine["command"] = shlex.join(["python", "scripts/lab.py", *sys.argv[1:]])
+    card.machine["command"] = together.command("lab")
     if args.json:
         print(json.dumps(asdict(card), indent=1, allow_nan=False))
     else:
         tables.show(console, card)
-    if args.html is not None:
+    if args.html is not None and together.rank() == 0:
         replace_text(args.html, page(card))
         note(f"wrote {args.html}")
     return 0 if all(one.passed for one in card.changes) else 1
@@ -121,10 +122,13 @@ def subject(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> Sub
     from tinyllama.parity import texts
 
     length = min(args.tokens, model.config.context)
-    if args.text:
-        read = {name: tokenizer.encode(text)[:length] for name, text in args.text.items()}
-    else:
-        read = {name: texts.encoded(tokenizer, name, length) for name in TEXTS}
+
+    def encoded() -> dict[str, list[int]]:
+        if args.text:
+            return {name: tokenizer.encode(text)[:length] for name, text in args.text.items()}
+        return {name: texts.encoded(tokenizer, name, length) for name in TEXTS}
+
+    read = together.share(encoded)
     for name, ids in read.items():
         if len(ids) < 2:
             raise InputError(f"{name}: expected a text of 2 tokens at least, got {len(ids)}; give more text")
@@ -228,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as an HTML page")
     options.add_model_options(parser)
+    options.add_rank_options(parser)
     args = parser.parse_args()
     if not (args.kernels or args.healed or args.list or args.addresses or args.capture or args.new):
         parser.error("no kernel: give one, --new FILE for one to begin with, or --list for the built-in ones")
@@ -237,9 +242,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"--tokens: expected 4 or more, got {args.tokens}")
     options.check_output(parser, "--html", args.html)
     # Here and not later: stdin can be read only once.
-    args.text = {file: read_text(file) for file in args.text} if args.text else None
+    first = together.rank() == 0  # it reads for all
+    args.text = {file: read_text(file) if first else "" for file in args.text} if args.text else None
     return args
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

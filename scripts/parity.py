@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama.cli import options
+from tinyllama.cli import options, together
 from tinyllama.cli.terminal import read_text, run
 from tinyllama.progress import note, progress_line
 
@@ -58,7 +56,7 @@ def main() -> int:
         judge(args, suite)
     report = suite.report
     report.machine |= {
-        "command": shlex.join(["python", "scripts/parity.py", *sys.argv[1:]]),
+        "command": together.command("parity"),
         "finished": datetime.now(timezone.utc).isoformat(" ", "seconds"),
         "seconds": round(time.perf_counter() - start),
     }

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
-import sys
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama.cli import options
+from tinyllama.cli import options, together
 from tinyllama.cli.terminal import read_text, run
 from tinyllama.errors import InputError
 from tinyllama.progress import TableConsole, note, step_progress
@@ -52,7 +50,7 @@ def main() -> int:
     from tinyllama.lab.training.page import page
 
     experiment = run_all(args, {name: load_kernel(name) for name in args.kernels})
-    experiment.machine["command"] = shlex.join(["python", "scripts/train.py", *sys.argv[1:]])
+    experiment.machine["command"] = together.command("train")
     if args.json:
         print(json.dumps(asdict(experiment), indent=1))
     else:

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,12 +76,6 @@ def capture(model: Llama, *patterns: str, whole: bool = False) -> Iterator[dict[
     values: dict[str, Tensor] = {}
     sharing = _sharing(model, wanted, whole)
 
-    def keep(address: str) -> Callable[[Tensor], None]:
-        def keep_one(value: Tensor) -> None:
-            values[address] = value if sharing is None else sharing.whole(address, value)
-
-        return keep_one
-
     def check(_attention: nn.Module, args: tuple[Any, ...]) -> None:
         x, _, mask, _ = args
         (B, T), S = x.shape[:2], mask.allowed.shape[-1]
@@ -88,10 +83,10 @@ def capture(model: Llama, *patterns: str, whole: bool = False) -> Iterator[dict[
         check_memory("what is captured", needed, x.device, "name fewer addresses, or run shorter texts")
 
     before = model.get_submodule("layers.0.self_attn").register_forward_pre_hook(check)
-    functions = {address: keep(address) for address in wanted}
-    with before, hooked(model, functions), ExitStack() as after:
+    keep = {address: partial(values.__setitem__, address) for address in wanted}
+    with before, hooked(model, keep), ExitStack() as after:
         if sharing is not None:  # the final norm is computed when all layers are
-            after.enter_context(hooked(model, {"norm": lambda _: sharing.deliver(values, wanted)}))
+            after.enter_context(hooked(model, {"norm": lambda _: sharing.complete(values, wanted)}))
         yield values
     _require_fired(model, wanted, values)
 

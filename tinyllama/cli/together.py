@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,12 @@ def size() -> int:
 def rank() -> int:
     """Which of them this is."""
     return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def command(script: str) -> str:
+    """How this script was started, to be started again."""
+    start = ["torchrun", "--nproc-per-node", str(size())] if size() > 1 else ["python"]
+    return shlex.join([*start, f"scripts/{script}.py", *sys.argv[1:]])
 
 
 def silence() -> None:

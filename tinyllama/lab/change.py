@@ -40,10 +40,13 @@ class Change:
         """
         kernels = {attention: attention.kernel for attention in model.attentions}
         model.set_attention(self.kernel, self.layers, self.heads)
-        parameters = dict(model.named_parameters())  # a kernel's own parameters too
+        parameters, weights = dict(model.named_parameters()), self.weights  # a kernel's own parameters too
+        if model.sharing is not None:
+            parameters = {model.sharing.name(name): one for name, one in parameters.items()}
+            weights = model.sharing.parts(weights)
         before: dict[str, Tensor] = {}
         try:
-            for name, weight in self.weights.items():
+            for name, weight in weights.items():
                 if name not in parameters or parameters[name].shape != weight.shape:
                     raise InputError(
                         f"{self.name}: expected a model with {name} of shape {list(weight.shape)}; "

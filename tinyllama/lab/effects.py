@@ -30,7 +30,7 @@ def relative_change(value: Tensor, before: Tensor) -> Tensor:
 def observe(model: Llama, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
     """One pass: logits (T, V), and by address each layer's residual stream and each head's output."""
     device = model.embed_tokens.weight.device
-    with capture(model, RESIDUAL, HEADS) as values:
+    with capture(model, RESIDUAL, HEADS, whole=True) as values:
         logits = model(torch.tensor([list(ids)], device=device))
     return logits[0], {address: value[0] for address, value in values.items()}
 
@@ -58,15 +58,16 @@ def direct_changes(model: Llama, changes: Sequence[Change], ids: Sequence[int]) 
             for change, result in zip(changes, moved, strict=True):
                 if context.layer in change:
                     other = change.kernel(q, k, v, context.untapped())
-                    heads = list(range(H) if change.heads is None else change.heads)
-                    result[context.layer, heads] = relative_change(other, z)[0].cpu()[heads]
+                    for head, figure in zip(context.heads, relative_change(other, z)[0].cpu(), strict=True):
+                        if change.heads is None or head in change.heads:
+                            result[context.layer, head] = figure
             return z
 
         return attend
 
     with _wrapped(model, beside):
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
-    return moved
+    return [_of_all_ranks(model, one) for one in moved]
 
 
 @torch.no_grad()
@@ -76,8 +77,8 @@ def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
     A key is read if the gradient of some later output by its value is not zero. None if a kernel declares
     that it breaks "gradient".
     """
-    shares: list[float] = []
     half = len(ids) // 2
+    reads = torch.zeros(model.config.num_hidden_layers, model.config.num_key_value_heads, half)
 
     def measured(own: Kernel) -> Kernel:
         def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
@@ -87,7 +88,9 @@ def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
                 weights = torch.rand(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
                 later = (z * weights)[:, :, half:].sum()
                 read = torch.autograd.grad(later, values)[0] if z.requires_grad else torch.zeros_like(v)
-            shares.append((read[:, :, :half] != 0).any(dim=-1).float().mean().item())
+            reads[context.layer, _kv_heads(model, k, context)] = (
+                (read[0, :, :half] != 0).any(dim=-1).to(reads)
+            )
             return z.detach()
 
         return attend
@@ -96,29 +99,42 @@ def keys_needed(model: Llama, ids: Sequence[int]) -> float | None:
         return None
     with _wrapped(model, measured):
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
-    return sum(shares) / len(shares)
+    return _of_all_ranks(model, reads).double().mean().item()
 
 
 @torch.no_grad()
 def cache_needed(model: Llama, ids: Sequence[int]) -> Cache:
     """What a cache has to keep of a text's first half for its second half."""
-    kept: list[float] = []
-    plain: list[float] = []
+    shape = 2, model.config.num_hidden_layers, model.config.num_key_value_heads
+    sizes = torch.zeros(shape, dtype=torch.float64)  # kept, and plain: at the first of some KV heads, of all
 
     def measured(own: Kernel) -> Kernel:
         def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-            kept.append(kept_bytes(own, q, k, v, context))
-            plain.append(kept_bytes(sdpa, q, k, v, context))
+            place = context.layer, _kv_heads(model, k, context)[0]
+            for size, kernel in zip(sizes, (own, sdpa), strict=True):
+                size[place] = kept_bytes(kernel, q, k, v, context)
             return own(q, k, v, context)
 
         return attend
 
     with _wrapped(model, measured):
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
-    needed, share = keys_needed(model, ids), sum(kept) / sum(plain)
+    kept, plain = _of_all_ranks(model, sizes).sum(dim=(1, 2)).tolist()
+    needed, share = keys_needed(model, ids), kept / plain
     half = len(ids) // 2
     all_of_it = share * (1.0 if needed is None else needed)
-    return Cache(half, needed, share, round(all_of_it * sum(plain) * half / len(ids)), all_of_it)
+    return Cache(half, needed, share, round(all_of_it * plain * half / len(ids)), all_of_it)
+
+
+def _kv_heads(model: Llama, k: Tensor, context: AttentionContext) -> list[int]:
+    """Which KV heads a kernel's keys are of."""
+    first = context.heads.start * model.config.num_key_value_heads // context.num_heads
+    return list(range(first, first + k.shape[1]))
+
+
+def _of_all_ranks(model: Llama, figures: Tensor) -> Tensor:
+    """Figures of all layers and heads; where processes share the model, each has filled in its own."""
+    return figures if model.sharing is None else model.sharing.union(figures)
 
 
 @contextmanager

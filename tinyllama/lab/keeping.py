@@ -54,11 +54,13 @@ def kept_bytes(
         return kept_bytes(kernel.func, q, k, v, context, **kernel.keywords, **settings)
     if isinstance(kernel, ByHead):
         H, K = q.shape[1], k.shape[1]
-        others = [head for head in range(H) if head not in kernel.heads]
-        readers = ((kernel.kernel, kernel.heads), (kernel.others, others))
+        chosen = [head in kernel.heads for head in context.heads]
+        readers = ((kernel.kernel, True), (kernel.others, False))
         return sum(
-            kept_bytes(one, q, k, v, context) * len({head * K // H for head in heads}) / K
-            for one, heads in readers
+            kept_bytes(one, q, k, v, context)
+            * len({head * K // H for head, by_kernel in enumerate(chosen) if by_kernel == whether})
+            / K
+            for one, whether in readers
         )
     keep = getattr(kernel, "keep", None)
     kept = (k, v) if keep is None else keep(k, v, context, **settings)

@@ -116,7 +116,7 @@ def overhead(
         for watched in (False, True):
             for what, batch in (("pass", text), ("step", text[:, -1:])):
                 cache.length = len(ids) - batch.shape[1]
-                with capture(model, *patterns) if watched else nullcontext():
+                with capture(model, *patterns, whole=True) if watched else nullcontext():
                     start = clock()
                     model(batch, cache)
                     if device.type == "cuda":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinyllama.hooks import shape
+from tinyllama import hooks
 from tinyllama.parallel.exchange import join, spread
 from tinyllama.parallel.plan import Parts, Plan, times
 from tinyllama.parallel.ranks import Ranks
@@ -59,8 +60,8 @@ class Sharing:
         axis, parts = self._parts(address)
         if parts is None:
             return value
-        # What reads it is computed by every rank alike, or cut into parts again (see `part`).
-        return join(value.movedim(axis, -1), self.stage, parts).movedim(-1, axis)
+        # As in one process it lies in one piece: the order of the sums that are made of it depends on that.
+        return join(value.movedim(axis, -1), self.stage, parts).movedim(-1, axis).contiguous()
 
     def part(self, address: str, whole: Tensor) -> Tensor:
         """The part of a whole value that this rank computes."""
@@ -75,33 +76,36 @@ class Sharing:
         _, parts = self._parts(address)
         return whole if parts is None else spread(whole, self.stage, parts)
 
-    def deliver(self, values: dict[str, Tensor], addresses: Iterable[str]) -> None:
-        """Fill in the whole values that other stages computed, on all ranks; what nobody computed stays away.
+    def complete(self, values: dict[str, Any], addresses: Iterable[str]) -> None:
+        """Make the values of a pass whole, on all ranks; what nobody computed stays away, or None.
 
-        Every rank must call it with the same addresses.
+        Every rank must call it with the same addresses, in the same order.
         """
         device = self.ranks.device
         for address in addresses:
-            stage = self.stage_of(address)
+            value, stage = values.get(address), self.stage_of(address)
+            if self.computes(address) and value is not None:
+                values[address] = self.whole(address, value)
             if stage is None:
                 continue
-            source, known = stage * self.plan.each, values.get(address) if self.computes(address) else None
+            known, source = values.get(address) if self.computes(address) else None, stage * self.plan.each
             about = [-1] * 6  # the dtype and the shape
             if known is not None:
                 about[: 1 + known.dim()] = [DTYPES.index(known.dtype), *known.shape]
             dtype, *sizes = self.ranks.send(torch.tensor(about, device=device), source).tolist()
-            values.pop(address, None)
-            if dtype >= 0:
-                size = [n for n in sizes if n >= 0]
-                room = torch.empty(size, dtype=DTYPES[dtype], device=device) if known is None else known
-                sent = self.ranks.send(room.detach(), source)
-                values[address] = sent if known is None else known
+            if dtype < 0:
+                continue
+            shape = [n for n in sizes if n >= 0]
+            room = torch.empty(shape, dtype=DTYPES[dtype], device=device) if known is None else known.detach()
+            sent = self.ranks.send(room, source)
+            values.pop(address, None)  # so that all ranks have the same order
+            values[address] = sent if known is None else known
 
     def _parts(self, address: str) -> tuple[int, Parts | None]:
         """The axis along which the ranks of a stage have parts of a value, and the parts."""
         plan = self.plan
         cuts = {"H": plan.heads, "K": plan.kv_heads, "F": plan.mlp}
-        for axis, name in enumerate(shape(address).split()):
+        for axis, name in enumerate(hooks.shape(address).split()):
             letter, _, by_head = name.partition("*")
             if letter in cuts:
                 return axis, times(cuts[letter], plan.config.head_dim) if by_head else cuts[letter]
@@ -111,7 +115,9 @@ class Sharing:
 
     def union(self, figures: Tensor) -> Tensor:
         """Figures of all layers and heads, of which each rank knows its own and has 0 elsewhere."""
-        return torch.stack(self.ranks.gather(figures, [figures.shape[-1]] * self.ranks.size)).amax(dim=0)
+        known = figures.to(self.ranks.device)
+        every = self.ranks.gather(known, [known.shape[-1]] * self.ranks.size)
+        return torch.stack(every).amax(dim=0).to(figures)
 
     # Weights
 

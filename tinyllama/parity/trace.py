@@ -69,9 +69,11 @@ def watch(model: nn.Module, addresses: Iterable[str]) -> Iterator[Trace]:
 
 @torch.no_grad()
 def our_trace(model: Llama, ids: Sequence[int], addresses: Iterable[str]) -> Trace:
-    """Run our model on one text; values have no batch axis, and the model's dtype."""
+    """Run our model on one text; values have no batch axis, and the model's dtype. Shared, they are whole."""
     with watch(model, addresses) as seen:
         model(torch.tensor([list(ids)], device=model.embed_tokens.weight.device))
+    if model.sharing is not None:
+        model.sharing.complete(seen, list(seen))
     return _unbatched(seen)
 
 
