@@ -4,7 +4,8 @@ relRMS, KL and top-1 are measured against the oracle. R is the larger relRMS of
 transformers with eager and with sdpa attention: up to 2 R passes in float32, up
 to 1.5 R in 16 bits. "bits" says whether every logit equals, bit by bit, that of
 transformers with the same attention. Where something fails, the first operation
-that diverges is named, with a suspect.
+that diverges is named, with a suspect. Under torchrun the ranks share each model:
+rank 0 judges it beside the same model in one process, whose bits it should have.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tinyllama.cli.terminal import read_text, run
 from tinyllama.progress import note, progress_line
 
 if TYPE_CHECKING:
+    from tinyllama.parity.on_ranks import OnRanks
     from tinyllama.parity.subjects import Extent, Subject
     from tinyllama.parity.suite import Suite
 
@@ -36,6 +38,7 @@ EXAMPLES = """\
   python scripts/parity.py smollm2 --attention my_attention.py:attend
   python scripts/parity.py smollm2 --attention fast.py:window --against slow.py:window
   python scripts/parity.py smollm2 --text my.txt --json > figures.json
+  torchrun --nproc-per-node 2 scripts/parity.py smollm2 --quick
 
 needs transformers: pip install "tinyllama[parity]", or make setup
 exit status: 0 when everything passes, 1 on a mismatch, 2 on bad input"""
@@ -50,10 +53,15 @@ def main() -> int:
     from tinyllama.parity.suite import Suite
     from tinyllama.parity.tables import show
 
-    start = time.perf_counter()
+    start, on_ranks = time.perf_counter(), join(args)
+    if on_ranks is not None and together.rank() > 0:
+        on_ranks.serve()
+        return 0
     with progress_line() as done:
-        suite = Suite(search=args.bisect, done=done)
+        suite = Suite(args.bisect, done, on_ranks)
         judge(args, suite)
+    if on_ranks is not None:
+        on_ranks.end()
     report = suite.report
     report.machine |= {
         "command": together.command("parity"),
@@ -70,6 +78,25 @@ def main() -> int:
     return 0 if report.passed else 1
 
 
+def join(args: argparse.Namespace) -> OnRanks | None:
+    """The processes that torchrun started, which are to share each model; None without it."""
+    from tinyllama import InputError
+    from tinyllama.device import usable_device
+
+    shared = options.shared(args)
+    ranks = together.join(on_gpus=usable_device(args.device).type == "cuda")
+    if ranks is None:
+        return None
+    if args.against is not None or SHAPE in args.models:
+        raise InputError(
+            f"several ranks share checkpoints, beside transformers; leave --against and {SHAPE} out, or "
+            "start it by python"
+        )
+    from tinyllama.parity.on_ranks import OnRanks
+
+    return OnRanks(ranks, **shared)
+
+
 def judge(args: argparse.Namespace, suite: Suite) -> None:
     """Have the suite judge what the options ask for."""
     from tinyllama.device import usable_device
@@ -77,11 +104,12 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
 
     usable_device(args.device)  # before weights are drawn or read
     kernels = {spec: load_kernel(spec) for spec in args.attention or ["eager", "sdpa"]}
-    subjects = [subject(name, args) for name in args.models or default_models(args.quick)]
+    alone = together.size() == 1
+    subjects = [subject(name, args) for name in args.models or default_models(args.quick or not alone)]
     if args.against is None:
         for one in subjects:
             suite.judge(one, kernels, extent(args, one))
-        if not args.models and not args.attention:
+        if not args.models and not args.attention and alone:
             suite.judge_fixture()
     elif is_kernel(args.against):
         other = load_kernel(args.against)
@@ -94,11 +122,11 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
             suite.judge_checkpoint(one, other_model, kernels, extent(args, one))
 
 
-def default_models(quick: bool) -> list[str]:
+def default_models(brief: bool) -> list[str]:
     """The models that need no download."""
     from tinyllama.checkpoints.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
 
-    if quick:
+    if brief:
         return [EMBEDDED_MODEL]
     return [EMBEDDED_MODEL, *([DEFAULT_MODEL] if on_disk(DEFAULT_MODEL) else []), SHAPE]
 
@@ -167,6 +195,7 @@ def parse() -> argparse.Namespace:
         "--bisect", action="store_true", help="look for the first divergence even where everything passes"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    options.add_rank_options(parser)
     parser.add_argument("--json", action="store_true", help="print all results as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the results as a page")
     args = parser.parse_args()
@@ -174,9 +203,10 @@ def parse() -> argparse.Namespace:
     if args.text and SHAPE in args.models:
         parser.error(f"--text: {SHAPE} has random weights and no tokenizer; leave one of them out")
     # Here, once for all models, because stdin can be read only once.
-    args.text = {file: read_text(file) for file in args.text} if args.text else None
+    first = together.rank() == 0  # it reads for all
+    args.text = {file: read_text(file) if first else "" for file in args.text} if args.text else None
     return args
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

@@ -151,7 +151,7 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations; matrices may be stored in fewer bits."""
-        return self.norm.weight.dtype
+        return next(self.get_submodule("layers.0.input_layernorm").parameters()).dtype
 
     @property
     def attentions(self) -> list[Attention]:

@@ -139,6 +139,7 @@ def test_8_bit_weights_are_judged_as_a_computation_and_of_trained_models_as_a_ro
 
 @compiled
 def test_a_wrong_8_bit_product_is_found_in_the_model_of_rounded_weights():
+    assert judged(KERNELS, subject=Subject(**DIVISIBLE)).passed  # now the compiled code is trusted
     right = native.linear
     wrong = (native, "linear", lambda weight, scales, x: right(weight, scales, x.half().float()))
     with changed(wrong):

@@ -250,6 +250,18 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {"max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """How ranks share the model, as arguments of `tinyllama.load`.
+
+    Raises:
+        InputError: there are none to share it.
+    """
+    given = {name: value for name in ("split", "pipeline") if (value := getattr(args, name, None))}
+    if given and together.size() == 1:
+        raise InputError(f"--{min(given)} is for several ranks; start the script by torchrun")
+    return given
+
+
 def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
     """The model and tokenizer that the options name; the others are those of `tinyllama.load`.
 
@@ -259,9 +271,7 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
     from tinyllama.device import usable_device
     from tinyllama.lab.kernel_file import load_kernel
 
-    shared = {name: value for name in ("split", "pipeline") if (value := getattr(args, name, None))}
-    if shared and together.size() == 1:
-        raise InputError(f"--{min(shared)} is for several ranks; start the script by torchrun")
+    sharing = shared(args)
     if together.size() > 1 and (graph or args.device not in ("cpu", "cuda")):
         got = "--graph" if graph else f"--device {args.device}"
         raise InputError(
@@ -282,7 +292,7 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         threads=args.threads,
         graph=graph,
         ranks=ranks,
-        **shared,
+        **sharing,
     )
 
 

@@ -73,7 +73,8 @@ def compare_runs(
         texts: ids by name.
         truth: for each text the float64 values at every stage.
         dtype: the one under test.
-        partners: for a candidate the reference that it is compared with bit by bit.
+        partners: for a candidate the other, earlier in the order of the names, that it is compared with bit
+            by bit.
         done: told of each pass that begins.
         limit: what the candidates have to keep to; None follows from dtype and references.
         model: the case's name for the model.
@@ -92,9 +93,9 @@ def compare_runs(
             logits = _logits(values)
             parts[who].append(difference(logits, _logits(truth[text]), ids))
             squares[who].append(_squares(values, truth[text]))
-            if who in references:
+            if who in partners.values():
                 known[who] = logits
-            elif who in partners:
+            if who in partners:
                 same_bits[who].append(torch.equal(logits, known[partners[who]]))
     measured = {who: Difference.joined(some) for who, some in parts.items()}
     limit = limit or limits([measured[who] for who in references], dtype)

@@ -36,8 +36,8 @@ class Row:
         reference: whether it is one of those that are right, by which the others are judged.
         relative: relRMS of the logits; see `Difference`, as for the next eight.
         flips: where the most likely token is not the oracle's.
-        same_bits: whether every logit equals that of the reference with the same attention; None where there
-            is no such reference.
+        same_bits: whether every logit equals that of the reference with the same attention, or on several
+            ranks that of one process; None where there is no such one.
         by_layer: relRMS at each of the model's stages, from the embedding to the logits; NaN where a stage
             was never computed, or has another shape.
         by_position: relRMS of each group of `BIN` positions, by text.

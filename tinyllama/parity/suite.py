@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tinyllama.parity.gradients import Gradients, compare_gradients
 from tinyllama.parity.measure import INT8_LIMITS, Limits
 from tinyllama.parity.mutations import MUTATIONS, Mutation, try_mutations
 from tinyllama.parity.notebook import Notebook, notebook_failures
+from tinyllama.parity.on_ranks import OnRanks
 from tinyllama.parity.reference import Right
 from tinyllama.parity.report import Report, Search
 from tinyllama.parity.subjects import Checkpoint, Extent, Subject, Texts
@@ -54,9 +55,18 @@ INDIVISIBLE_NOTE = "8-bit weights are not judged: they need rows that are a mult
 class Suite:
     """Judges one thing after another; `report` has the results so far."""
 
-    def __init__(self, search: bool = False, done: Callable[[str], object] = lambda what: None) -> None:
-        """Tell `done` of each step; look for divergences where logits fail, or (`search`) everywhere."""
-        self._search, self._done = search, done
+    def __init__(
+        self,
+        search: bool = False,
+        done: Callable[[str], object] = lambda what: None,
+        on_ranks: OnRanks | None = None,
+    ) -> None:
+        """Tell `done` of each step; look for divergences where logits fail, or (`search`) everywhere.
+
+        With `on_ranks`, checkpoints are judged as several processes compute them, too.
+        """
+        self._search, self._done, self._on_ranks = search, done, on_ranks
+        self._where = "" if on_ranks is None else on_ranks.name
         self.report = Report(machine())
 
     def judge(self, subject: Subject, kernels: Mapping[str, Kernel], extent: Extent) -> None:
@@ -74,7 +84,8 @@ class Suite:
             model = subject.model(dtype)
             if dtype not in WIDE or not truth:
                 truth = truths(model, texts)
-            self._compare_with_transformers(subject.name, model, REFERENCES, kernels, texts, truth)
+            shared = self._shared(subject, dtype, kernels)
+            self._compare_with_transformers(subject.name, model, REFERENCES, kernels, texts, truth, shared)
             if dtype == "float32" and kernels == KERNELS and HAS_FAST:
                 if divisible(model):
                     self._judge_int8(subject, model, texts, truth)
@@ -182,6 +193,7 @@ class Suite:
         kernels: Mapping[str, Kernel],
         texts: Texts,
         truth: Mapping[str, Trace],
+        shared: Mapping[str, Run] | None = None,
     ) -> None:
         candidates = {f"tinyllama {one}": kernel_run(model, kernel) for one, kernel in kernels.items()}
         note = ""
@@ -192,6 +204,11 @@ class Suite:
                 note = INDIVISIBLE_NOTE
         theirs = {f"transformers {one}": reference_run(model, one) for one in references}
         partners = {who.replace("transformers", "tinyllama"): who for who in theirs}
+        for one, run in (shared or {}).items():
+            who = f"tinyllama {one}"
+            candidates[f"{who}, {self._where}"] = run
+            if one in kernels:
+                partners[f"{who}, {self._where}"] = who
         self._compare(name, model, theirs, candidates, texts, truth, partners=partners, note=note)
 
     def _compare(
@@ -233,6 +250,16 @@ class Suite:
                 text, found = _first_divergence(run, right, texts, rounding, true)
                 self.report.searches.append(Search(name, case.dtype, row.who, text, found))
 
+    def _shared(self, subject: Subject, dtype: str, kernels: Iterable[str]) -> dict[str, Run]:
+        """The model as several processes compute it, by kernel; and with its weights kept for speed."""
+        if self._on_ranks is None or not isinstance(subject, Checkpoint):
+            return {}
+        place = str(subject.folder), subject.device, dtype
+        runs = {one: self._on_ranks.run(*place, "exact", one) for one in kernels}
+        if dtype != "float64" and HAS_FAST:
+            runs["stored"] = self._on_ranks.run(*place, "stored", "sdpa")
+        return runs
+
     def _judge_continuations(self, subject: Subject, model: Llama, extent: Extent) -> None:
         """Greedy and sampled ids, alone and in a batch."""
         prompts = subject.prompts()[: extent.prompts]
@@ -264,6 +291,14 @@ class Suite:
             for seed in range(extent.seeds)
         ]
         compare("sampled, alone", extent.sampled_ids, alone)
+        if self._on_ranks is not None and isinstance(subject, Checkpoint):
+            ours = partial(self._on_ranks.generate, str(subject.folder), subject.device)
+            for what, count, calls in (
+                ("greedy", extent.greedy_ids, [([prompt], {}) for prompt in prompts]),
+                ("sampled", extent.sampled_ids, alone),
+            ):
+                shared = [(rows, {"ours": ours, **how}) for rows, how in calls]
+                compare(f"{what}, {self._where}", count, shared)
         # Without a repetition penalty, which transformers also applies to the padding.
         penalty_free = [how for how in SETTINGS if "repetition_penalty" not in how]
         batched = [
