@@ -122,11 +122,11 @@ def judge(args: argparse.Namespace, suite: Suite) -> None:
             suite.judge_checkpoint(one, other_model, kernels, extent(args, one))
 
 
-def default_models(brief: bool) -> list[str]:
+def default_models(quick: bool) -> list[str]:
     """The models that need no download."""
     from tinyllama.checkpoints.hub import DEFAULT_MODEL, EMBEDDED_MODEL, on_disk
 
-    if brief:
+    if quick:
         return [EMBEDDED_MODEL]
     return [EMBEDDED_MODEL, *([DEFAULT_MODEL] if on_disk(DEFAULT_MODEL) else []), SHAPE]
 
