@@ -30,6 +30,11 @@ def values(model: Llama) -> dict[str, Any]:
         for T in (1, 5, 40):
             found[f"logits of {T}"] = model(some_ids(1, T, V, seed=T))
         cache = model.new_cache(2, 12)
+        with tinyllama.capture(
+            model, "layers.*", "layers.*.self_attn.*_rot", "lm_head", whole=True
+        ) as inside:
+            model(some_ids(1, 7, V))
+        found |= inside
         prompts = [some_ids(1, n, V, seed=n)[0].tolist() for n in (9, 4)]
         found["prefill of a padded batch"] = tinyllama.prefill(model, prompts, cache)
         own = model.sharing

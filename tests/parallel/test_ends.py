@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,45 @@ def test_without_torchrun_there_are_no_ranks_to_join(monkeypatch):
         Ranks.from_environment()
     with pytest.raises(InputError, match="--split is for several ranks"):
         options.load(argparse.Namespace(split="fast"))
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces with a cable between them: name and address of each."""
+    both = [(f"tinyllama-{os.getpid()}-{n}", f"10.93.7.{n + 1}") for n in range(2)]
+    (one, _), (other, _) = both
+    commands = [
+        *(f"netns add {name}" for name, _ in both),
+        f"link add cable netns {one} type veth peer name cable netns {other}",
+    ]
+    for name, address in both:
+        commands += [f"-n {name} address add {address}/24 dev cable"]
+        commands += [f"-n {name} link set {device} up" for device in ("lo", "cable")]
+    try:
+        for command in commands:
+            made = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            if made.returncode:
+                pytest.skip(f"this system makes no network namespaces: {made.stderr.strip()}")
+        yield both
+    finally:
+        for name, _ in both:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@slow
+@unix
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip, of iproute2")
+def test_two_hosts_write_the_text_of_one_process_on_the_first(hosts, small):
+    script = ["scripts/generate.py", "--model", str(small), "-n", "20", "Once upon a time"]
+    one = ended(start(*script, launch=[sys.executable]))
+    processes = []
+    for number, (name, _) in enumerate(hosts):
+        about = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", hosts[0][1]]
+        # These hosts have no names, of which PyTorch would warn.
+        settings = ["GLOO_SOCKET_IFNAME=cable", "TORCH_CPP_LOG_LEVEL=ERROR"]
+        place = ["ip", "netns", "exec", name, "env", *settings]
+        launch = [*place, *LAUNCH[:3], *about, "--master-port", "29511", "--nproc-per-node", "1"]
+        processes.append(start(*script, launch=launch))
+    first, second = map(ended, processes)
+    assert first == one
+    assert second == (0, "", "")
