@@ -4,6 +4,8 @@ Shows the perplexity of held-out text (the last fifth) for the unchanged model,
 after the change, and after training. Training also teaches the kind of text:
 the same command with sdpa as the kernel shows how much of the gain that is. The
 trained layers are written to a file; if it exists, training resumes from it.
+Under torchrun each process has the whole model, and they share a step's windows:
+the file is the same to the bit on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ import json
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama import InputError
-from tinyllama.cli import options
+from tinyllama.cli import options, together
 from tinyllama.cli.terminal import read_text, run
 from tinyllama.progress import note, step_progress
 
 if TYPE_CHECKING:
-    from tinyllama import Llama
+    from tinyllama import Llama, Ranks
     from tinyllama.lab.change import Change
     from tinyllama.lab.healed import Healed, Outcome, Settings
     from tinyllama.lab.perplexity import Perplexity
@@ -36,6 +39,7 @@ EXAMPLES = """\
   python scripts/heal.py window:size=64 --layers 8-21 --text book.txt
   python scripts/heal.py my_attention.py:window --text book.txt --steps 500 --out window.safetensors
   python scripts/lab.py window:size=64 --layers 8-21 --healed healed.safetensors
+  torchrun --nproc-per-node 2 scripts/heal.py window:size=64 --text book.txt
 
 Ctrl-C ends after the running step and saves it; the same command resumes from
 there."""
@@ -47,10 +51,12 @@ def main() -> int:
     from tinyllama.lab.change import Change
     from tinyllama.lab.healed import Settings, load_healed
     from tinyllama.lab.kernel_file import load_kernel
+    from tinyllama.parallel.ranks import code_version, digest
 
     change = Change(args.kernel, load_kernel(args.kernel), args.layers, args.heads)
+    ranks = options.join(args)
     start = load_healed(args.out) if args.out.exists() else None
-    text = read_text(args.text)
+    text = together.share(lambda: read_text(args.text))
     settings = Settings(
         kernel=args.kernel,
         layers=args.layers,
@@ -63,7 +69,10 @@ def main() -> int:
     )
     if start is not None:
         check_same(args.out, start.settings, settings)
-    model, tokenizer = options.load(args)
+    model, tokenizer = options.load(args, whole=True)
+    if ranks is not None:
+        ranks.same("version of the code", code_version())
+        ranks.same("weights", digest(dict(model.named_parameters())))
     ids = tokenizer.encode(text)
     cut = int(len(ids) * (1 - HELD_OUT))
     if len(ids) - cut < 2:
@@ -71,7 +80,7 @@ def main() -> int:
     readings = args.steps * args.batch * args.length / cut
     if readings > MOST_READINGS:
         note(f"warning: the text will be read {readings:.0f} times and memorised; give a longer one")
-    healed, interrupted = train(args, model, change, ids[:cut], settings, start)
+    healed, interrupted = train(args, model, change, ids[:cut], settings, start, ranks)
     outcome = measure(model, change, ids[cut:][: args.held_out], healed, settings)
     print(json.dumps(asdict(outcome), indent=1) if args.json else in_words(outcome))
     return 130 if interrupted else 0
@@ -95,10 +104,12 @@ def train(
     ids: Sequence[int],
     settings: Settings,
     start: Healed | None,
+    ranks: Ranks | None,
 ) -> tuple[Healed | None, bool]:
     """Heal until `--steps` steps are done in all, or Ctrl-C; returns the state and whether it was Ctrl-C."""
     from tinyllama.lab.healed import save_healed
     from tinyllama.lab.healing import heal
+    from tinyllama.parallel.ranks import digest
 
     stopped = False
 
@@ -108,20 +119,28 @@ def train(
             raise KeyboardInterrupt
         stopped = True
 
-    before = signal.signal(signal.SIGINT, stop)
+    def save(healed: Healed) -> None:
+        if ranks is not None:  # each has taken the steps
+            ranks.same("trained weights", digest(healed.weights))
+        if together.rank() == 0:
+            save_healed(args.out, healed)
+
+    first = together.rank() == 0  # the others end when it does
+    before = signal.signal(signal.SIGINT, stop if first else signal.SIG_IGN)
     healed, done = start, len(start.losses) if start else 0
     try:
         with step_progress(args.steps, done) as step:
-            for healed in heal(model, change, ids, settings, args.steps, start):
+            for healed in heal(model, change, ids, settings, args.steps, start, ranks):
                 step(f"loss {healed.losses[-1]:.3f}")
+                stopped = together.share(partial(bool, stopped))
                 if stopped:
                     break
                 if len(healed.losses) % args.save_every == 0:
-                    save_healed(args.out, healed)
+                    save(healed)
     finally:
         signal.signal(signal.SIGINT, before)
     if healed is not None and len(healed.losses) > done:
-        save_healed(args.out, healed)
+        save(healed)
         note(f"wrote {args.out}, {len(healed.losses)} steps")
     return healed, stopped
 
@@ -204,4 +223,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

@@ -81,10 +81,8 @@ def main() -> int:
 def join(args: argparse.Namespace) -> OnRanks | None:
     """The processes that torchrun started, which are to share each model; None without it."""
     from tinyllama import InputError
-    from tinyllama.device import usable_device
 
-    shared = options.shared(args)
-    ranks = together.join(on_gpus=usable_device(args.device).type == "cuda")
+    shared, ranks = options.shared(args), options.join(args)
     if ranks is None:
         return None
     if args.against is not None or SHAPE in args.models:

@@ -20,7 +20,7 @@ from tinyllama.progress import escape, note
 from tinyllama.ranges import numbers
 
 if TYPE_CHECKING:
-    from tinyllama import Llama, Tokenizer
+    from tinyllama import Llama, Ranks, Tokenizer
 
 
 class Parser(argparse.ArgumentParser):
@@ -262,8 +262,28 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) -> tuple[Llama, Tokenizer]:
+def join(args: argparse.Namespace) -> Ranks | None:
+    """Meet the other processes that torchrun started; None for a single one.
+
+    Raises:
+        InputError: the device cannot be used, or not by several ranks.
+        RankError: the others did not come.
+    """
+    from tinyllama.device import usable_device
+
+    if together.size() > 1 and args.device not in ("cpu", "cuda"):
+        raise InputError(
+            f"--device {args.device}: several ranks take cpu, or cuda, which gives each a GPU of its own"
+        )
+    return together.join(on_gpus=usable_device(args.device).type == "cuda")
+
+
+def load(
+    args: argparse.Namespace, weights: str = "exact", graph: bool = False, whole: bool = False
+) -> tuple[Llama, Tokenizer]:
     """The model and tokenizer that the options name; the others are those of `tinyllama.load`.
+
+    Under torchrun each rank gets its part; `whole` gives each the whole model.
 
     Raises:
         InputError: see `tinyllama.load`.
@@ -272,13 +292,11 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
     from tinyllama.lab.kernel_file import load_kernel
 
     sharing = shared(args)
-    if together.size() > 1 and (graph or args.device not in ("cpu", "cuda")):
-        got = "--graph" if graph else f"--device {args.device}"
+    if together.size() > 1 and graph:
         raise InputError(
-            f"{got}: several ranks take --device cpu, or cuda, which gives each a GPU of its own"
+            "--graph: a graph records the work of one process; leave it out, or start it by python"
         )
-    device = usable_device(args.device)  # before a download of gigabytes
-    ranks = together.join(on_gpus=device.type == "cuda")
+    device, ranks = usable_device(args.device), join(args)  # before a download of gigabytes
     if graph and device.type != "cuda":
         raise InputError("--graph is for --device cuda; on a CPU --weights stored is what is fast")
     if graph and args.speculate:
@@ -291,7 +309,7 @@ def load(args: argparse.Namespace, weights: str = "exact", graph: bool = False) 
         weights=weights,
         threads=args.threads,
         graph=graph,
-        ranks=ranks,
+        ranks=None if whole else ranks,
         **sharing,
     )
 

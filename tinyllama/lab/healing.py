@@ -12,6 +12,7 @@ from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
 from tinyllama.lab.training.steps import moments, require_window, restore, step, windows
 from tinyllama.model import Llama
+from tinyllama.parallel.ranks import Ranks, digest
 
 
 def heal(
@@ -21,11 +22,13 @@ def heal(
     settings: Settings,
     steps: int,
     start: Healed | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Healed]:
     """Train the changed layers, and yield the state after every step.
 
     The model is changed while the loop runs, and as before after it. The next step overwrites the tensors
-    that were yielded: save or copy them. A run resumed halfway gives the same bits as one run in one go.
+    that were yielded: save or copy them. A run resumed halfway gives the same bits as one run in one go, and
+    so does any number of ranks: each window's gradient is computed alone.
 
     Args:
         model: the model.
@@ -34,9 +37,11 @@ def heal(
         settings: how the layers are trained.
         steps: how many steps to reach, those before `start` included.
         start: the state to resume from.
+        ranks: this process among several, each with the whole model, that deal out the windows; None: alone.
 
     Raises:
-        InputError: the text is shorter than one window, or `start` belongs to another model.
+        InputError: the text is shorter than one window, `start` belongs to another model, or the ranks begin
+            with other weights.
     """
     require_window(len(ids), settings.length)
     text = torch.tensor(list(ids))
@@ -50,13 +55,15 @@ def heal(
             for parameter in weights.values():
                 parameter.data = parameter.data.clone()
                 parameter.requires_grad_(True)
+            if ranks is not None:
+                ranks.same("weights to train", digest(_values(weights)))
             optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr)
             losses = list(start.losses) if start else []
             if start:
                 restore(optimizer, weights, start.moments, len(losses))
             while len(losses) < steps:
                 rows = windows(text, settings.batch, settings.length, settings.seed, len(losses))
-                losses.append(step(model, optimizer, rows))
+                losses.append(step(model, optimizer, rows, accumulate=len(rows), ranks=ranks))
                 yield Healed(settings, tuple(losses), _values(weights), moments(optimizer, weights))
         finally:
             for name, value in own.items():

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -278,6 +278,15 @@ def code_version() -> str:
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".h")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of all names and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(name.encode() + b"\0" + bits.numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def checkpoint_version(config: Path, stored: dict[str, StoredTensor]) -> str:

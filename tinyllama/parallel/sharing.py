@@ -79,12 +79,13 @@ class Sharing:
     def complete(self, values: dict[str, Any], addresses: Iterable[str]) -> None:
         """Make the values of a pass whole, on all ranks; what nobody computed stays away, or None.
 
-        Every rank must call it with the same addresses, in the same order.
+        Every rank must call it with the same addresses, in the same order. In a pipeline, what is sent has no
+        gradient.
         """
         device = self.ranks.device
         for address in addresses:
             value, stage = values.get(address), self.stage_of(address)
-            if self.computes(address) and value is not None:
+            if value is not None:
                 values[address] = self.whole(address, value)
             if stage is None:
                 continue
@@ -97,9 +98,8 @@ class Sharing:
                 continue
             shape = [n for n in sizes if n >= 0]
             room = torch.empty(shape, dtype=DTYPES[dtype], device=device) if known is None else known.detach()
-            sent = self.ranks.send(room, source)
             values.pop(address, None)  # so that all ranks have the same order
-            values[address] = sent if known is None else known
+            values[address] = self.ranks.send(room, source)
 
     def _parts(self, address: str) -> tuple[int, Parts | None]:
         """The axis along which the ranks of a stage have parts of a value, and the parts."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tinyllama.errors import InputError
 from tinyllama.model import Llama
+from tinyllama.parallel.ranks import Ranks
 
 # Largest norm of all gradients together; larger gradients are scaled down to it.
 CLIP = 1.0
@@ -69,8 +70,13 @@ def step(
     *,
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
     """One step of an optimizer over the windows; returns the mean loss in nats a token.
+
+    Several ranks, each with the whole model, deal out the parts in turn. Gradients are added part by part in
+    their order, whoever computed them: the same parts give the same bits on any number of ranks. (PyTorch's
+    DDP and `fully_shard` add those of each rank first.)
 
     Args:
         model: gives logits (B, T, V) for ids (B, T); is called once for each part of the windows.
@@ -78,19 +84,40 @@ def step(
         rows: (B, T + 1).
         accumulate: in how many parts the windows are read; more parts need less memory.
         autocast: compute in this dtype where PyTorch finds it safe.
+        ranks: this process among those that share the step; None: it is alone.
     """
-    optimizer.zero_grad(set_to_none=True)
     device, total = next(model.parameters()).device, 0.0
-    for part in rows.to(device).chunk(accumulate):
+    parts = rows.to(device).chunk(accumulate)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    sums: dict[nn.Parameter, Tensor] = {}
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    for first in range(0, len(parts), size):
+        counted = min(size, len(parts) - first)
+        part = parts[first + min(rank, counted - 1)]  # where too few are left, the last ones compute in vain
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model(part[:, :-1]).flatten(0, 1)  # (B * T, V)
         share = len(part) / len(rows)
         loss = F.cross_entropy(logits.float(), part[:, 1:].flatten()) * share
         loss.backward()
-        total += loss.item()
-    nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], CLIP)
+        for one in _of_every_rank(loss.detach(), ranks)[:counted]:
+            total += one.item()
+        for weight in weights:
+            if weight.grad is not None:  # a kernel may leave a weight of its own unused
+                for gradient in _of_every_rank(weight.grad, ranks)[:counted]:
+                    sums[weight] = sums[weight].add_(gradient) if weight in sums else gradient
+    for weight, gradient in sums.items():
+        weight.grad = gradient
+    nn.utils.clip_grad_norm_(weights, CLIP)
     optimizer.step()
     return total
+
+
+def _of_every_rank(x: Tensor, ranks: Ranks | None) -> list[Tensor]:
+    """Every rank's x, in order."""
+    if ranks is None:
+        return [x]
+    return [one.view(x.shape) for one in ranks.gather(x.reshape(-1), [x.numel()] * ranks.size)]
 
 
 def saved_bytes(model: Llama, rows: Tensor, autocast: torch.dtype | None = None) -> int:
