@@ -43,8 +43,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_the_packages_are_there_after_importing_tinyllama_alone():
-    # In a process of its own: here other tests have imported them. Not `compare`: it imports transformers, which
-    # takes seconds.
+    # In a process of its own: here other tests have imported them. `compare` would import transformers, too.
     code = (
         "import tinyllama\n"
         "assert {'lab', 'parity', 'explorer', 'load', 'generate'} <= set(dir(tinyllama))\n"
