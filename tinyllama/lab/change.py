@@ -40,7 +40,8 @@ class Change:
         """
         kernels = {attention: attention.kernel for attention in model.attentions}
         model.set_attention(self.kernel, self.layers, self.heads)
-        parameters = dict(model.named_parameters())  # a kernel's own parameters too
+        # A kernel's own parameters too. To list them takes milliseconds, and the tools apply many changes.
+        parameters = dict(model.named_parameters()) if self.weights else {}
         before: dict[str, Tensor] = {}
         try:
             for name, weight in self.weights.items():
