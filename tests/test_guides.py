@@ -11,6 +11,7 @@ import pytest
 
 from tests.scripts.test_scripts import load_script
 from tinyllama.cli import terminal
+from tinyllama.lab import load_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```text" in path.read_text("utf-8"))
@@ -47,16 +48,22 @@ def assert_close(got, shown):
     assert abs(float(got.rstrip("%")) - float(shown.rstrip("%"))) <= tolerance, (got, shown)
 
 
+@pytest.fixture(scope="module")
+def ran():
+    """The scripts that measured a kernel for some guide: the next ones' commands are only read."""
+    return set()
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_its_python_prints_what_it_shows_and_its_commands_run(
-    guide, smollm2_folder, capsys, tmp_path, monkeypatch
+    guide, smollm2_folder, ran, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text(SHORT, "utf-8")
     shutil.copytree(ROOT / "docs" / "kernels", tmp_path / "docs" / "kernels")
     for file in (tmp_path / "docs" / "kernels").glob("*.py"):
         file.write_text(on_less(guide, file.read_text("utf-8")), "utf-8")
-    namespace, printed, ran, shown, agreed, less = {}, "", set(), 0, {}, False
+    namespace, printed, shown, agreed, less = {}, "", 0, {}, False
     for language, block in BLOCK.findall(guide.read_text("utf-8")):
         if language == "text":
             assert NUMBER.sub("#", printed) == NUMBER.sub("#", block)
@@ -90,8 +97,9 @@ def on_less(guide, code):
 def run_command(line, monkeypatch, ran, only_read):
     """Run `python scripts/name.py ...` in this process, any other in its own; it has to succeed.
 
-    Of several kernels that a guide measures, only the first one's command runs: it takes seconds. The kernels
-    and options of the others are read. `sh` blocks take minutes and are only read too.
+    Of the kernels that the guides measure, and of those that they train, only the first one's command runs,
+    which takes seconds. The kernels and options of the others are read. `sh` blocks take minutes and are only
+    read too.
     """
     python, script, *arguments = shlex.split(line)
     assert python == "python", line
@@ -99,11 +107,12 @@ def run_command(line, monkeypatch, ran, only_read):
         subprocess.run(f"{shlex.quote(sys.executable)} {line.removeprefix('python')}", shell=True, check=True)
         return
     name = Path(script).stem
-    measures = name == "lab" and not {"--addresses", "--capture"} & set(arguments)
+    measures = name in ("lab", "heal") and not {"--addresses", "--capture"} & set(arguments)
     monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(LESS[name])])
     if only_read or (measures and name in ran):
-        lab = load_script(name)
-        assert lab.read_changes(lab.parse()), line
+        script = load_script(name)
+        args = script.parse()
+        assert script.read_changes(args) if name == "lab" else load_kernel(args.kernel), line
         return
     ran |= {name} if measures else set()
     with pytest.raises(SystemExit) as exit:
