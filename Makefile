@@ -17,7 +17,7 @@ DEV := $(VENV)/.dev
 MODEL_OPTION = $${MODEL_NAME:+--model "$$MODEL_NAME"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate chat test parity parallel parity-quick lab explore learn fuzz bench bench-peers lint format clean
+.PHONY: help setup generate chat test parity parallel notebooks parity-quick lab explore learn fuzz bench bench-peers lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a
 
 parallel: $(DEV) ## prove several processes: the trained model on 2 and 3 of them, and ranks that are killed
 	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/parallel
+
+notebooks: $(DEV) ## run the walkthrough's notebooks whole, and compare what they print with what is kept
+	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/walkthrough
 
 parity-quick: $(DEV) ## the same on less, in a minute
 	@$(BIN)/python scripts/parity.py --quick

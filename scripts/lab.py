@@ -98,9 +98,9 @@ def read_changes(args: argparse.Namespace) -> list[Change]:
     from tinyllama.lab.change import Change
     from tinyllama.lab.clauses import breaks
     from tinyllama.lab.healed import load_healed
-    from tinyllama.lab.kernel_file import load_kernel, trusted_kernel
+    from tinyllama.lab.kernel_file import load_kernels, trusted_kernel
 
-    kernels = {spec: load_kernel(spec) for spec in args.kernels}
+    kernels = load_kernels(args.kernels)
     if args.breaks:
         kernels = {spec: breaks(*args.breaks)(kernel) for spec, kernel in kernels.items()}
     changes = [Change(spec, kernel, args.layers, args.heads) for spec, kernel in kernels.items()]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.scripts.test_scripts import load_script
 from tinyllama.cli import terminal
+from tinyllama.lab import load_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```text" in path.read_text("utf-8"))
@@ -22,9 +24,10 @@ LESS = {
     "heal": "--steps 1 --batch 1 --length 16 --held-out 16 --layers 3",
 }
 SHORT = "for i in range(10): print(i)\n"
-# Python that takes minutes is run on less too. Its numbers then differ from those shown, but numbers that the
-# guide shows as equal, because two tools agree, must still be equal.
+# Python that takes long, a guide's own and that of the kernel files it names, is run on less too. Its numbers
+# differ from those shown then, but those that the guide shows as equal, as two tools agree, must be equal.
 LESS_PYTHON = {
+    "attention-variants": {r"\[MEASURED:\]": "[:8]", r"encode\(code\)": "encode(code)[:8]"},
     "attention-lab": {
         r"\b1024\b": "16",
         r"(perplexity\(\[layer\]\) for layer in) range\(30\)": r"\1 range(5)",
@@ -45,14 +48,22 @@ def assert_close(got, shown):
     assert abs(float(got.rstrip("%")) - float(shown.rstrip("%"))) <= tolerance, (got, shown)
 
 
+@pytest.fixture(scope="module")
+def ran():
+    """The scripts that measured a kernel for some guide: the next ones' commands are only read."""
+    return set()
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_its_python_prints_what_it_shows_and_its_commands_run(
-    guide, smollm2_folder, capsys, tmp_path, monkeypatch
+    guide, smollm2_folder, ran, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text(SHORT, "utf-8")
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
-    namespace, printed, ran, shown, agreed, less = {}, "", set(), 0, {}, False
+    shutil.copytree(ROOT / "docs" / "kernels", tmp_path / "docs" / "kernels")
+    for file in (tmp_path / "docs" / "kernels").glob("*.py"):
+        file.write_text(on_less(guide, file.read_text("utf-8")), "utf-8")
+    namespace, printed, shown, agreed, less = {}, "", 0, {}, False
     for language, block in BLOCK.findall(guide.read_text("utf-8")):
         if language == "text":
             assert NUMBER.sub("#", printed) == NUMBER.sub("#", block)
@@ -69,20 +80,26 @@ def test_its_python_prints_what_it_shows_and_its_commands_run(
         else:
             if named := re.match(r"# file: (\S+)\n", block):
                 (tmp_path / named[1]).write_text(block, "utf-8")
-            code = block
-            for much, little in LESS_PYTHON.get(guide.stem, {}).items():
-                code = re.sub(much, little, code)
+            code = on_less(guide, block)
             less = code != block
             exec(code, namespace)
             printed = capsys.readouterr().out
     assert shown
 
 
+def on_less(guide, code):
+    """The code with what takes long made small, as in LESS_PYTHON."""
+    for much, little in LESS_PYTHON.get(guide.stem, {}).items():
+        code = re.sub(much, little, code)
+    return code
+
+
 def run_command(line, monkeypatch, ran, only_read):
     """Run `python scripts/name.py ...` in this process, any other in its own; it has to succeed.
 
-    Of several kernels that a guide measures, only the first one's command runs: it takes seconds. The kernels
-    and options of the others are read. `sh` blocks take minutes and are only read too.
+    Of the kernels that the guides measure, and of those that they train, only the first one's command runs,
+    which takes seconds. The kernels and options of the others are read. `sh` blocks take minutes and are only
+    read too.
     """
     python, script, *arguments = shlex.split(line)
     assert python == "python", line
@@ -90,11 +107,12 @@ def run_command(line, monkeypatch, ran, only_read):
         subprocess.run(f"{shlex.quote(sys.executable)} {line.removeprefix('python')}", shell=True, check=True)
         return
     name = Path(script).stem
-    measures = name == "lab" and not {"--addresses", "--capture"} & set(arguments)
+    measures = name in ("lab", "heal") and not {"--addresses", "--capture"} & set(arguments)
     monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(LESS[name])])
     if only_read or (measures and name in ran):
-        lab = load_script(name)
-        assert lab.read_changes(lab.parse()), line
+        script = load_script(name)
+        args = script.parse()
+        assert script.read_changes(args) if name == "lab" else load_kernel(args.kernel), line
         return
     ran |= {name} if measures else set()
     with pytest.raises(SystemExit) as exit:

@@ -3,72 +3,59 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.checkpoints.test_storage import IDS, write
+from tests.checkpoints.test_storage import write
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT = """
-import sys, torch
+import pytest, torch
 import tinyllama
+from tests.shapes import some_ids
 from tinyllama.checkpoints.load import load_model
-from tinyllama.parity import suite
+from tinyllama.parity import suite  # which judges fast modes, too
 
-def load(**how):
-    return load_model(sys.argv[1], device="cpu", dtype="float32", **how)
+IDS = some_ids(1, 48)
 
-ids = torch.tensor([[int(one) for one in sys.argv[2].split(",")]])
-with torch.no_grad():
-    assert torch.equal(load(weights="stored")(ids), load(weights="exact")(ids))
-new = tinyllama.generate(load(weights="stored"), ids.tolist(), max_new_tokens=5, eos_ids=())
-for weights in ("int8", "bfloat16"):
-    try:
-        load(weights=weights)
-    except tinyllama.InputError as error:
-        assert "tinyllama/fast" in str(error)
-    else:
-        raise AssertionError(weights)
-print(new[0])
+def load(weights):
+    return load_model("checkpoint", device="cpu", dtype="float32", weights=weights)
+
+def test_models_load_exactly_and_generate():
+    with torch.no_grad():
+        assert torch.equal(load("stored")(IDS), load("exact")(IDS))
+    (new,) = tinyllama.generate(load("stored"), IDS.tolist(), max_new_tokens=5, eos_ids=())
+    assert len(new) == 5
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_other_weights_are_refused(weights):
+    with pytest.raises(tinyllama.InputError, match="tinyllama/fast"):
+        load(weights)
 """
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    """The project without fast/ and its tests."""
-    copy = tmp_path_factory.mktemp("copy")
+def test_models_load_and_generate_and_the_model_s_tests_pass(tmp_path: Path):
     ignored = shutil.ignore_patterns("__pycache__", "fast")
     for folder in ("tinyllama", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", copy)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     # An editable installation would still find the folder in the checkout.
-    (copy / "sitecustomize.py").write_text(
+    (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.meta_path[:] = [one for one in sys.meta_path if 'Editable' not in repr(one)]\n"
     )
-    return copy
-
-
-def run(copy: Path, *command: str) -> str:
+    write(tmp_path / "checkpoint")
+    (tmp_path / "tests" / "test_without.py").write_text(WITHOUT)
+    # In one process: its imports take longer than its tests.
+    tests = [f"tests/test_{name}.py" for name in ("without", "attention", "rope")]
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
         capture_output=True,
         text=True,
-        cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy)},
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_models_load_exactly_and_generate(copy: Path, tmp_path: Path):
-    folder = write(tmp_path)
-    ids = ",".join(map(str, IDS[0].tolist()))
-    assert run(copy, "-c", WITHOUT, str(folder), ids).startswith("[")
-
-
-def test_the_model_s_tests_pass(copy: Path):
-    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_attention.py", "tests/test_rope.py")
+    assert re.search(r"^\d{3} passed", done.stdout, re.MULTILINE), done.stdout

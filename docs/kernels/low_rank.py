@@ -28,11 +28,11 @@ def principal_directions() -> list[torch.Tensor]:
     code = Path(tinyllama.__file__).with_name("model.py").read_text(encoding="utf-8")
     for ids in (tokenizer.encode(texts.read("english"))[MEASURED:], tokenizer.encode(code)):
         with torch.no_grad(), tinyllama.capture(model, "layers.*.self_attn.?_proj") as values:
-            model(torch.tensor([ids]))
+            model.hidden_states(torch.tensor([ids]))
         for layer, own in enumerate(rows):
             k, v = (values[f"layers.{layer}.self_attn.{name}_proj"][0] for name in "kv")  # before RoPE
             own.append(torch.cat((k, v), dim=-1))
-    return [torch.linalg.svd(torch.cat(own)).Vh.T for own in rows]
+    return [torch.linalg.svd(torch.cat(own), full_matrices=False).Vh.T for own in rows]
 
 
 DIRECTIONS = principal_directions()

@@ -20,12 +20,14 @@ import pytest
 
 from tests.explorer.serving import SECRET, served
 from tests.marks import unix
-from tests.scripts.test_scripts import write_checkpoint
+from tests.scripts.test_scripts import run_script, write_checkpoint
 from tinyllama.checkpoints.load import load
 from tinyllama.errors import InputError
 from tinyllama.explorer.server import LARGEST_REQUEST, listen
 from tinyllama.explorer.session import Session
 from tinyllama.lab.kernel_file import BUILT_IN
+
+__all__ = ["run_script"]  # a fixture
 
 
 class Client:
@@ -195,18 +197,14 @@ def test_the_script_prints_its_address_and_ends_with_ctrl_c(folder):
     assert "Traceback" not in process.stderr.read()
 
 
-def test_the_script_writes_a_page_and_a_text(folder, tmp_path):
+def test_the_script_writes_a_page_and_a_text(folder, tmp_path, run_script):
     out = tmp_path / "page.html"
-    for options in (["--html", str(out)], ["--text"]):
-        done = subprocess.run(
-            [*SCRIPT, "--model", str(folder), *options, "a b\x1b[2J"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert "\x1b" not in done.stdout + done.stderr
-    assert "looks at" in done.stdout
+    for options in (["--html", out], ["--text"]):
+        status, said, told = run_script("explore", "--model", folder, *options, "a b\x1b[2J")
+        assert status == 0, told
+        assert "\x1b" not in said + told
+    assert "looks at" in said
     assert out.read_text("utf-8").rstrip().endswith("</html>")
-    done = subprocess.run(
-        [*SCRIPT, "--model", str(folder), "--no-browser", "a " * 3000], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: the text has ")
+    status, said, told = run_script("explore", "--model", folder, "--no-browser", "a " * 3000)
+    assert (status, said) == (2, "")
+    assert told.splitlines()[-1].startswith("error: the text has ")

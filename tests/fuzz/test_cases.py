@@ -39,7 +39,7 @@ def test_every_kind_is_tried(campaign: Campaign):
 KERNELS = {
     "killed by SIGABRT": "import os; os.abort()",
     "exit status 3": "import os; os._exit(3)",
-    "over 1 GB of memory": "x = b'x' * (3 << 29)",
+    "over 1 GB of memory": "x = b'x' * (9 << 27)",
     "control characters on stderr": "import os; os.write(2, b'\\x1b[2J')",
     "status 2 without one line that says why, at the end": "import os; os._exit(2)",
 }

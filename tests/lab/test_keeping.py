@@ -15,6 +15,7 @@ from tinyllama.lab import breaks, check_attention, keeps, load_kernel
 from tinyllama.lab.change import Change
 from tinyllama.lab.effects import cache_needed
 from tinyllama.lab.keeping import kept_bytes
+from tinyllama.lab.kernel_file import load_kernels
 from tinyllama.lab.smaller_caches import codes, quantised, regroup
 
 B, H, K, S, D = 1, 8, 2, 12, 16
@@ -157,13 +158,21 @@ def test_bits_that_do_not_fill_bytes_are_refused(bits, head_dim, named):
         quantised(x, x, x, None, bits=bits)
 
 
-def test_the_low_rank_example_is_right_at_full_rank_and_keeps_as_few_bytes_as_it_says(smollm2_folder):
+def test_the_low_rank_example_is_right_at_full_rank_and_keeps_as_few_bytes_as_it_says(
+    smollm2_folder, monkeypatch
+):
     model, tokenizer = tinyllama.load(str(smollm2_folder), device="cpu", dtype="float32")
+    model.layers = model.layers[:3]  # each has directions of its own; all thirty take ten times as long
+    # The file loads the model by its name.
+    monkeypatch.setattr(tinyllama, "load", lambda name, **how: {"smollm2": (model, tokenizer)}[name])
     ids = tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 4)
     expected = model(torch.tensor([ids]))
-    for rank, share in ((384, 1.0), (96, 0.25)):
-        kernel = load_kernel(f"docs/kernels/low_rank.py:attend:rank={rank}")
+    kernels = load_kernels(f"docs/kernels/low_rank.py:attend:rank={rank}" for rank in (384, 96))
+    for kernel, share in zip(kernels.values(), (1.0, 0.25), strict=True):
         with Change("x", kernel).applied(model):
             assert cache_needed(model, ids).kept == share
             got = model(torch.tensor([ids]))
-        assert torch.allclose(got, expected, atol=2e-3) == (rank == 384)
+        if share == 1.0:
+            assert torch.allclose(got, expected, atol=2e-3)
+        else:  # 0.07 here; along other directions 0.3
+            assert 0.01 < (got - expected).norm() / expected.norm() < 0.15

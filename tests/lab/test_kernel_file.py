@@ -15,7 +15,13 @@ from tinyllama.errors import InputError
 from tinyllama.kernels import KERNELS, kernel_name
 from tinyllama.lab import variants
 from tinyllama.lab.contract import check_attention
-from tinyllama.lab.kernel_file import VARIANTS, failure_in_a_kernel_file, load_kernel, trusted_kernel
+from tinyllama.lab.kernel_file import (
+    VARIANTS,
+    failure_in_a_kernel_file,
+    load_kernel,
+    load_kernels,
+    trusted_kernel,
+)
 
 
 @pytest.fixture
@@ -41,6 +47,19 @@ def test_a_file_gives_the_function_of_that_name(kernel_file):
     q, v = torch.zeros(1), torch.ones(1)
     assert load_kernel(f"{file}:first")(q, None, v, None) is q
     assert load_kernel(f"{file}:second")(q, None, v, None) is v
+
+
+def test_several_kernels_of_a_file_run_it_once_and_the_next_load_runs_it_as_it_is_then(kernel_file):
+    counting = "(__import__('pathlib').Path(__file__).parent / 'ran').open('a').write('.')\n"
+    file = kernel_file(counting + SETTABLE)
+    specs = ["window", f"{file}:f:size=2", f"{file}:plain", f"{file}:f:size=3"]
+    kernels = load_kernels(specs)
+    assert list(kernels) == specs
+    assert kernels["window"] is VARIANTS["window"]
+    assert [called(kernels[spec]) for spec in specs[1:]] == [(2, (), "", 0.0), "plain", (3, (), "", 0.0)]
+    assert (file.parent / "ran").read_text() == "."
+    kernel_file(counting + "def plain(q, k, v, context): return 'edited'")
+    assert called(load_kernels([f"{file}:plain"])[f"{file}:plain"]) == "edited"
 
 
 def test_a_file_may_have_dataclasses_and_the_name_of_another_module(kernel_file):

@@ -40,7 +40,9 @@ class Change:
         """
         kernels = {attention: attention.kernel for attention in model.attentions}
         model.set_attention(self.kernel, self.layers, self.heads)
-        parameters, weights = dict(model.named_parameters()), self.weights  # a kernel's own parameters too
+        # A kernel's own parameters too. To list them takes milliseconds, and the tools apply many changes.
+        parameters = dict(model.named_parameters()) if self.weights else {}
+        weights = self.weights
         if model.sharing is not None:
             parameters = {model.sharing.name(name): one for name, one in parameters.items()}
             weights = model.sharing.parts(weights)

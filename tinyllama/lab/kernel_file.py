@@ -9,9 +9,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,9 +47,17 @@ def load_kernel(spec: str) -> Kernel:
     Raises:
         InputError: there is no such kernel or setting, or the file fails.
     """
-    file, name, settings = _parts(spec)
-    kernel = _from_file(Path(file), name) if file is not None else _built_in(name)
-    return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
+    return _load(spec, python_file)
+
+
+def load_kernels(specs: Iterable[str]) -> dict[str, Kernel]:
+    """The kernels of some names, by name. A file that several of them name is run once: it may take long.
+
+    Raises:
+        InputError: see `load_kernel`.
+    """
+    run_once = cache(python_file)
+    return {spec: _load(spec, run_once) for spec in specs}
 
 
 def trusted_kernel(spec: str, named: Iterable[str]) -> Kernel:
@@ -81,6 +89,12 @@ def failure_in_a_kernel_file(error: BaseException) -> InputError | None:
     return InputError(f"{lines[-1]}: {type(error).__name__}: {one_line(error)}") if lines else None
 
 
+def _load(spec: str, run: Callable[[Path], ModuleType]) -> Kernel:
+    file, name, settings = _parts(spec)
+    kernel = _from_module(Path(file), run(Path(file)), name) if file is not None else _built_in(name)
+    return partial(kernel, **_values(spec, kernel, settings)) if settings else kernel
+
+
 def _parts(spec: str) -> tuple[str | None, str, str]:
     """The file (None for a built-in kernel), the name and the settings."""
     place, settings = spec, ""
@@ -99,8 +113,7 @@ def _built_in(name: str) -> Kernel:
     return BUILT_IN[name]
 
 
-def _from_file(path: Path, name: str) -> Kernel:
-    module = python_file(path)
+def _from_module(path: Path, module: ModuleType, name: str) -> Kernel:
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(
