@@ -109,7 +109,7 @@ def train(
     """Heal until `--steps` steps are done in all, or Ctrl-C; returns the state and whether it was Ctrl-C."""
     from tinyllama.lab.healed import save_healed
     from tinyllama.lab.healing import heal
-    from tinyllama.parallel.ranks import digest
+    from tinyllama.parallel.ranks import digest, without_echo
 
     stopped = False
 
@@ -126,7 +126,7 @@ def train(
             save_healed(args.out, healed)
 
     first = together.rank() == 0  # the others end when it does
-    before = signal.signal(signal.SIGINT, stop if first else signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, without_echo(stop) if first else signal.SIG_IGN)
     healed, done = start, len(start.losses) if start else 0
     try:
         with step_progress(args.steps, done) as step:

@@ -66,11 +66,11 @@ def digest(tensors: list[torch.Tensor]) -> str:
     return joined.hexdigest()
 
 
-def refusal(ranks: Ranks, folders: list[Path], versions: list[str]) -> str:
-    """What a rank says of loading its own folder, with its own version of the code."""
+def refusal(ranks: Ranks, folders: list[Path], versions: list[str], splits: list[str]) -> str:
+    """What a rank says of loading its own folder, with its own version of the code and its own split."""
     ranks_module.code_version = lambda: versions[ranks.rank]
     try:
-        load_model(folders[ranks.rank], device="cpu", dtype="float32", ranks=ranks)
+        load_model(folders[ranks.rank], device="cpu", dtype="float32", ranks=ranks, split=splits[ranks.rank])
     except InputError as error:
         return str(error)
     return "loaded"
@@ -88,6 +88,17 @@ def late(ranks: Ranks) -> str:
     ranks.limit = patience
     ranks._store.set("gave up", "")
     return str(caught.value)
+
+
+def interrupted(ranks: Ranks) -> list[Any]:
+    """Ctrl-C on rank 0 during a pass counts at the next exchange; what is sent leaves the sender's own be."""
+    own = torch.full((2, 2), float(ranks.rank))
+    sent = ranks.send(own, 1)
+    if ranks.rank == 0:
+        ranks._stopped = True
+        with pytest.raises(KeyboardInterrupt):
+            ranks.share(lambda: "lost")
+    return [ranks.share(lambda: "next"), own.tolist(), sent.tolist()]
 
 
 def traffic(ranks: Ranks, folder: Path) -> list[tuple[int, int]]:

@@ -65,18 +65,27 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 # The handshake
 
 
-def test_another_checkpoint_or_another_code_on_a_rank_is_refused_alike(tmp_path):
+def test_another_checkpoint_code_or_split_on_a_rank_is_refused_alike(tmp_path):
     right = write(tmp_path / "right")
     changed = weights()
     changed["model.norm.weight"] = changed["model.norm.weight"] + 1
     other = write(tmp_path / "other", changed)
-    found = in_processes(2, tmp_path / "checkpoint", jobs.refusal, [right, other], ["a", "a"])
+    alike = ["a", "a"], ["exact", "exact"]
+    found = in_processes(2, tmp_path / "checkpoint", jobs.refusal, [right, other], *alike)
     assert len(set(found)) == 1
     assert "same checkpoint" in found[0]
-    found = in_processes(2, tmp_path / "code", jobs.refusal, [right, right], ["a", "b"])
+    found = in_processes(2, tmp_path / "code", jobs.refusal, [right, right], ["a", "b"], alike[1])
     assert len(set(found)) == 1
     assert "same version of the code" in found[0]
     assert "got a on rank 0 and b on rank 1" in found[0]
+    found = in_processes(2, tmp_path / "split", jobs.refusal, [right, right], alike[0], ["exact", "fast"])
+    assert len(set(found)) == 1
+    assert "same split and pipeline" in found[0]
+
+
+def test_ctrl_c_during_a_pass_counts_at_the_next_exchange_and_sending_changes_nothing(tmp_path):
+    for rank, found in enumerate(in_processes(2, tmp_path / "ranks", jobs.interrupted)):
+        assert found == ["next", [[rank] * 2] * 2, [[1, 1]] * 2]
 
 
 def test_as_many_bytes_are_received_as_planned(tmp_path):

@@ -44,7 +44,7 @@ class Meeting:
 
 
 class Threads(Ranks):
-    """Ranks that are threads: what they send is the tensor itself."""
+    """Ranks that are threads."""
 
     def __init__(self, meeting: Meeting, rank: int, size: int) -> None:
         self.meeting, self.rank, self.size, self.device = meeting, rank, size, torch.device("cpu")
@@ -56,12 +56,15 @@ class Threads(Ranks):
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
         assert x.shape[-1] == widths[self.rank]
-        return self.meeting.exchange(self.rank, x.detach())
+        return [one.clone() for one in self.meeting.exchange(self.rank, x.detach().clone())]
 
     def send(self, x: Tensor, source: int) -> Tensor:
         sent = self.meeting.exchange(self.rank, x.detach())[source]
         assert (sent.shape, sent.dtype) == (x.shape, x.dtype)
         return sent.clone()
+
+    def _exchange(self, value: str) -> list[str]:
+        return self.meeting.exchange(self.rank, value)
 
     def agree(self, chosen: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, chosen)[0]
@@ -79,17 +82,26 @@ def in_threads(
     part_of: Callable[[int], int] = lambda rank: rank,
 ) -> list[Any]:
     """What each rank's job gives for its part of the model; the last three arguments can plant a mistake."""
-    plan = Plan.of(model.config, size, mode, stages)
-    meeting, results = Meeting(size), [None] * size
+    plan, meeting = Plan.of(model.config, size, mode, stages), Meeting(size)
+
+    def run(rank: int) -> Any:
+        part = copy.deepcopy(model)
+        narrow(part, narrowed(plan), part_of(rank))
+        connect(part, plan, kind(meeting, rank, size))
+        return job(part)
+
+    return run_in_threads(size, meeting, run)
+
+
+def run_in_threads(size: int, meeting: Meeting, job: Callable[[int], Any]) -> list[Any]:
+    """What the job gives for each rank, without gradients unless it asks for them."""
+    results = [None] * size
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            part = copy.deepcopy(model)
-            narrow(part, narrowed(plan), part_of(rank))
-            connect(part, plan, kind(meeting, rank, size))
             with torch.no_grad():
-                results[rank] = job(part)
+                results[rank] = job(rank)
         except BaseException as error:
             failures.append(error)
             meeting.barrier.abort()

@@ -17,7 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ PRECEDENCE = 0.5  # seconds in which rank 0 may say what all ranks have to say
 LOOK = 0.01  # seconds between two looks into the store
 SAMPLE = 512  # bytes of each tensor that tell checkpoints apart
 STOP = -1  # in place of an id: Ctrl-C
+ECHO = 1.0  # seconds in which torchrun repeats a Ctrl-C to its ranks, which have had it already
 
 
 class RankError(RuntimeError):
@@ -255,7 +256,7 @@ class Ranks:
                 raise KeyboardInterrupt
             self._stopped = True
 
-        signal.signal(signal.SIGINT, interrupt if self.rank == 0 else signal.SIG_IGN)
+        signal.signal(signal.SIGINT, without_echo(interrupt) if self.rank == 0 else signal.SIG_IGN)
 
     def ends(self, alike: bool) -> bool:
         """Tell the others that this rank ends early; whether it is the one to say why.
@@ -269,6 +270,19 @@ class Ranks:
             return self._store.add("ended", 1) == 1
         except RuntimeError:  # the store went with its rank
             return self.rank == 1
+
+
+def without_echo(handle: Callable[..., None]) -> Callable[..., None]:
+    """A signal handler that takes signals that follow each other at once for one."""
+    last = -math.inf
+
+    def handle_one(*about: Any) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > ECHO:
+            handle(*about)
+
+    return handle_one
 
 
 def code_version() -> str:

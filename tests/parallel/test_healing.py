@@ -1,0 +1,155 @@
+"""Several ranks that share a step's windows train to the same bits as one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.marks import slow, unix
+from tests.parallel.test_ends import LAUNCH, ended, small, start
+from tests.parallel.together import Meeting, Threads, run_in_threads
+from tests.shapes import some_ids, tiny_model
+from tinyllama.errors import InputError
+from tinyllama.lab.change import Change
+from tinyllama.lab.healed import Healed, Settings, load_healed
+from tinyllama.lab.healing import heal
+from tinyllama.lab.kernel_file import load_kernel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["small"]  # the fixture
+
+KERNEL = "window:size=4"
+CHANGE = Change(KERNEL, load_kernel(KERNEL), (1, 3))
+TEXT = some_ids(1, 90)[0].tolist()
+SETTINGS = Settings(KERNEL, (1, 3), None, "a text", batch=4, length=16, lr=1e-2)
+
+
+def healed(steps: int, ranks: Threads | None = None, begun: Healed | None = None, **changes: Any) -> Healed:
+    """The state after the last step, in tensors of its own."""
+    with torch.enable_grad():
+        states = heal(tiny_model(), CHANGE, TEXT, replace(SETTINGS, **changes), steps, begun, ranks)
+        return copy.deepcopy(deque(states, maxlen=1)[0])
+
+
+def on_ranks(size: int, steps: int, begun: Healed | None = None, **how: Any) -> list[Healed]:
+    kind = how.pop("kind", Threads)
+    meeting = Meeting(size)
+    return run_in_threads(size, meeting, lambda rank: healed(steps, kind(meeting, rank, size), begun, **how))
+
+
+def assert_equal(one: Healed, other: Healed) -> None:
+    assert one.losses == other.losses
+    for mine, theirs in ((one.weights, other.weights), (one.moments, other.moments)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_any_number_of_ranks_gives_the_bits_of_one_process(size):
+    one = healed(3)
+    for state in on_ranks(size, 3):
+        assert_equal(state, one)
+
+
+def test_a_run_goes_on_with_the_same_bits_on_another_number_of_ranks():
+    one = healed(4)
+    (begun, *_) = on_ranks(3, 1)
+    begun = healed(2, begun=begun)
+    for state in on_ranks(2, 4, begun):
+        assert_equal(state, one)
+
+
+class Late(Threads):
+    """Gradients come in another order."""
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        return super().gather(x, widths)[::-1]
+
+
+class Own(Threads):
+    """Each rank takes its own window for every other."""
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        super().gather(x, widths)
+        return [x] * self.size
+
+
+@pytest.mark.parametrize("kind", [Late, Own])
+def test_a_planted_bug_changes_the_bits(kind):
+    one = healed(2)
+    (state, *_) = on_ranks(3, 2, kind=kind)
+    assert not all(torch.equal(state.weights[name], one.weights[name]) for name in one.weights)
+
+
+class Scale(nn.Module):
+    """A kernel with a weight, drawn anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(()))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+        return CHANGE.kernel(q * self.scale, k, v, context)
+
+
+def test_ranks_that_begin_with_other_weights_are_refused():
+    meeting = Meeting(2)
+
+    def begin(rank: int) -> str:
+        change = replace(CHANGE, kernel=Scale())
+        with pytest.raises(InputError) as caught:
+            next(heal(tiny_model(), change, TEXT, SETTINGS, 1, None, Threads(meeting, rank, 2)))
+        return str(caught.value)
+
+    for said in run_in_threads(2, meeting, begin):
+        assert "expected the same weights to train on all of them" in said
+
+
+@slow
+def test_the_script_writes_the_same_file_on_any_number_of_processes(small, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat, and the dog lay on the rug. " * 30)
+
+    def file(name: str, *runs: tuple[int, int]) -> bytes:
+        """Of runs, each on a number of processes up to a number of steps."""
+        for size, steps in runs:
+            options = ["--text", str(text), "--steps", str(steps), "--length", "32", "--batch", "3"]
+            place = ["--layers", "1", "--held-out", "64", "--out", str(tmp_path / name)]
+            launch = LAUNCH if size > 1 else [sys.executable]
+            command = ["scripts/heal.py", KERNEL, *options, *place, "--model", str(small)]
+            status, out, err = ended(start(*command, launch=launch))
+            assert (status, out.count("healed")) == (0, 1), err
+        return Path(tmp_path / name).read_bytes()
+
+    assert file("one", (1, 3)) == file("two", (2, 2), (1, 3))
+
+
+@slow
+@unix
+def test_ctrl_c_ends_after_the_step_on_all_processes_and_saves_once(small, tmp_path):
+    (tmp_path / "text.txt").write_text("The cat sat on the mat, and the dog lay on the rug. " * 60)
+    options = ["--text", str(tmp_path / "text.txt"), "--steps", "1000", "--save-every", "1000"]
+    place = ["--layers", "1", "--length", "32", "--out", str(tmp_path / "out")]
+    process = start("scripts/heal.py", KERNEL, *options, *place, "--model", str(small))
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("100 of"):
+        assert line
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = ended(process)
+    assert status == 130
+    assert out.count("healed") == 1
+    steps = len(load_healed(tmp_path / "out").losses)
+    assert 100 <= steps < 1000
+    assert err.endswith(f"wrote {tmp_path / 'out'}, {steps} steps\n")
