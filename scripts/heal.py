@@ -5,7 +5,8 @@ after the change, and after training. Training also teaches the kind of text:
 the same command with sdpa as the kernel shows how much of the gain that is. The
 trained layers are written to a file; if it exists, training resumes from it.
 Under torchrun each process has the whole model, and they share a step's windows:
-the file is the same to the bit on any number of processes.
+the file is the same to the bit on any number of processes. With --split or
+--pipeline they share the model instead. Either resumes the other.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ EXAMPLES = """\
   python scripts/heal.py my_attention.py:window --text book.txt --steps 500 --out window.safetensors
   python scripts/lab.py window:size=64 --layers 8-21 --healed healed.safetensors
   torchrun --nproc-per-node 2 scripts/heal.py window:size=64 --text book.txt
+  torchrun --nproc-per-node 2 scripts/heal.py window:size=64 --text book.txt --split fast
 
 Ctrl-C ends after the running step and saves it; the same command resumes from
 there."""
@@ -69,7 +71,9 @@ def main() -> int:
     )
     if start is not None:
         check_same(args.out, start.settings, settings)
-    model, tokenizer = options.load(args, whole=True)
+    model, tokenizer = options.load(args, whole=not options.shared(args))
+    if model.sharing is not None:
+        ranks = None  # they share the model, and not the windows
     if ranks is not None:
         ranks.same("version of the code", code_version())
         ranks.same("weights", digest(dict(model.named_parameters())))
@@ -108,7 +112,7 @@ def train(
 ) -> tuple[Healed | None, bool]:
     """Heal until `--steps` steps are done in all, or Ctrl-C; returns the state and whether it was Ctrl-C."""
     from tinyllama.lab.healed import save_healed
-    from tinyllama.lab.healing import heal
+    from tinyllama.lab.healing import heal, whole
     from tinyllama.parallel.ranks import digest, without_echo
 
     stopped = False
@@ -119,7 +123,8 @@ def train(
             raise KeyboardInterrupt
         stopped = True
 
-    def save(healed: Healed) -> None:
+    def save(state: Healed) -> None:
+        healed = whole(state, model)
         if ranks is not None:  # each has taken the steps
             ranks.same("trained weights", digest(healed.weights))
         if together.rank() == 0:
@@ -142,6 +147,7 @@ def train(
     if healed is not None and len(healed.losses) > done:
         save(healed)
         note(f"wrote {args.out}, {len(healed.losses)} steps")
+        healed = whole(healed, model)
     return healed, stopped
 
 
@@ -215,6 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=options.seed, metavar="N", help="of the windows' places (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options.add_model_options(parser)
+    options.add_rank_options(parser)
     args = parser.parse_args()
     options.check_output(parser, "--out", args.out)
     if not 0 < args.lr < 1:

@@ -24,6 +24,7 @@ from tests.parallel.together import in_processes
 from tests.shapes import TINY, tiny_model
 from tinyllama.cli import options
 from tinyllama.errors import InputError
+from tinyllama.parallel import ranks as ranks_module
 from tinyllama.parallel.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +274,12 @@ def test_two_hosts_write_the_text_of_one_process_on_the_first(hosts, small):
     first, second = map(ended, processes)
     assert first == one
     assert second == (0, "", "")
+
+
+def test_a_repeated_signal_is_one_and_a_later_one_counts(monkeypatch):
+    now, taken = 100.0, []
+    monkeypatch.setattr(ranks_module.time, "monotonic", lambda: now)
+    handle = ranks_module.without_echo(taken.append)
+    for now in (100.0, 100.2, 101.1, 110.0):
+        handle(now)
+    assert taken == [100.0, 110.0]

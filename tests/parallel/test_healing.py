@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from tests.marks import slow, unix
 from tests.parallel.test_ends import LAUNCH, ended, small, start
-from tests.parallel.together import Meeting, Threads, run_in_threads
+from tests.parallel.together import Meeting, Threads, in_threads, run_in_threads
 from tests.shapes import some_ids, tiny_model
 from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings, load_healed
-from tinyllama.lab.healing import heal
+from tinyllama.lab.healing import heal, whole
 from tinyllama.lab.kernel_file import load_kernel
+from tinyllama.lab.training import steps as steps_module
+from tinyllama.model import Llama
+from tinyllama.parity.scene import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +72,59 @@ def test_a_run_goes_on_with_the_same_bits_on_another_number_of_ranks():
     begun = healed(2, begun=begun)
     for state in on_ranks(2, 4, begun):
         assert_equal(state, one)
+
+
+def wide(model: Llama, begun: Healed | None = None, steps: int = 3) -> Healed:
+    """As `healed`, of a model in float64 that may be shared; the state is whole."""
+    with torch.enable_grad():
+        for state in heal(model, CHANGE, TEXT, SETTINGS, steps, begun):
+            found = copy.deepcopy(whole(state, model))
+    return found
+
+
+def assert_close(one: Healed, other: Healed) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=1e-9)
+    assert one.weights.keys() == other.weights.keys()
+    assert one.moments.keys() == other.moments.keys()
+    for name, weight in (one.weights | one.moments).items():
+        assert relative_error(weight, (other.weights | other.moments)[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("size", "split", "stages"), [(2, "exact", 1), (5, "exact", 1), (2, "fast", 1), (4, "fast", 2)]
+)
+def test_a_shared_model_trains_as_a_whole_one_and_either_goes_on_from_the_other(size, split, stages):
+    """To rounding: a shared model's gradients are added in another order."""
+    model = tiny_model(dtype=torch.float64, num_key_value_heads=4)
+    begun, one = wide(model, steps=2), wide(model)
+    alone = wide(copy.deepcopy(model), begun)  # to the bit, as above
+    assert_close(alone, one)
+    for state in in_threads(model, size, wide, split, stages):
+        assert_close(state, one)
+    for state in in_threads(model, size, lambda part: wide(part, begun), split, stages):
+        assert_close(state, one)
+    (shared, *_) = in_threads(model, size, lambda part: wide(part, steps=2), split, stages)
+    assert_close(wide(model, shared), one)
+
+
+def test_gradients_of_a_shared_model_are_clipped_by_the_norm_of_all(monkeypatch):
+    """The norm of a rank's own part is smaller, so that less would be clipped."""
+    monkeypatch.setattr(steps_module, "CLIP", 1e-3)
+    model = tiny_model(dtype=torch.float64)
+    one = wide(model, steps=1)
+    for size, split, stages in ((2, "exact", 1), (4, "exact", 2), (8, "exact", 1)):
+        for state in in_threads(model, size, lambda part: wide(part, steps=1), split, stages):
+            assert_close(state, one)
+
+
+def test_a_kernel_with_weights_is_refused_in_a_shared_model():
+    def refused(part: Llama) -> str:
+        with pytest.raises(InputError) as caught:
+            next(heal(part, replace(CHANGE, kernel=Scale()), TEXT, SETTINGS, 1))
+        return str(caught.value)
+
+    for said in in_threads(tiny_model(), 2, refused):
+        assert said.startswith(f"{KERNEL}: has weights of its own")
 
 
 class Late(Threads):

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tinyllama.errors import InputError
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
-from tinyllama.lab.training.steps import moments, require_window, restore, step, windows
+from tinyllama.lab.training.steps import MOMENTS, moments, require_window, restore, step, windows
 from tinyllama.model import Llama
 from tinyllama.parallel.ranks import Ranks, digest
 
@@ -28,7 +29,8 @@ def heal(
 
     The model is changed while the loop runs, and as before after it. The next step overwrites the tensors
     that were yielded: save or copy them. A run resumed halfway gives the same bits as one run in one go, and
-    so does any number of ranks: each window's gradient is computed alone.
+    so does any number of ranks: each window's gradient is computed alone. Where processes share the model,
+    each trains its parts and yields these: see `whole`.
 
     Args:
         model: the model.
@@ -37,16 +39,22 @@ def heal(
         settings: how the layers are trained.
         steps: how many steps to reach, those before `start` included.
         start: the state to resume from.
-        ranks: this process among several, each with the whole model, that deal out the windows; None: alone.
+        ranks: this process among several, each with the whole model, that deal out the windows; None: it is
+            alone, or shares the model.
 
     Raises:
-        InputError: the text is shorter than one window, `start` belongs to another model, or the ranks begin
-            with other weights.
+        InputError: the text is shorter than one window, `start` belongs to another model, the ranks begin
+            with other weights, or share a model whose kernel has weights.
     """
     require_window(len(ids), settings.length)
     text = torch.tensor(list(ids))
     with replace(change, weights=start.weights if start else {}).applied(model):
-        weights = trained(model, change)
+        weights, sharing = trained(model, change), model.sharing
+        if sharing is not None and any(".kernel." in name for name in weights):
+            raise InputError(
+                f"{change.name}: has weights of its own, which every rank would train by its own heads; let "
+                "the ranks share the windows instead of the model"
+            )
         own = {name: parameter.data for name, parameter in weights.items()}
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
@@ -59,11 +67,18 @@ def heal(
                 ranks.same("weights to train", digest(_values(weights)))
             optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr)
             losses = list(start.losses) if start else []
+
+            def norm(gradients: list[Tensor]) -> Tensor:
+                if sharing is None:
+                    return nn.utils.get_total_norm(gradients)
+                return sharing.norm({name: one.grad for name, one in weights.items() if one.grad is not None})
+
             if start:
-                restore(optimizer, weights, start.moments, len(losses))
+                kept = start.moments if sharing is None else sharing.parts(start.moments)
+                restore(optimizer, weights, kept, len(losses))
             while len(losses) < steps:
                 rows = windows(text, settings.batch, settings.length, settings.seed, len(losses))
-                losses.append(step(model, optimizer, rows, accumulate=len(rows), ranks=ranks))
+                losses.append(step(model, optimizer, rows, accumulate=len(rows), ranks=ranks, norm=norm))
                 yield Healed(settings, tuple(losses), _values(weights), moments(optimizer, weights))
         finally:
             for name, value in own.items():
@@ -74,12 +89,27 @@ def heal(
 
 
 def trained(model: Llama, change: Change) -> dict[str, nn.Parameter]:
-    """The parameters of the changed layers, those of kernels included, by name."""
+    """The parameters of the changed layers, those of kernels included, by the names of an unshared model."""
     return {
-        name: parameter
+        name if model.sharing is None else model.sharing.name(name): parameter
         for name, parameter in model.named_parameters()
         if name.startswith("layers.") and int(name.split(".")[1]) in change
     }
+
+
+def whole(healed: Healed, model: Llama) -> Healed:
+    """The whole state of a healing, of which this process has a part where several share the model."""
+    sharing = model.sharing
+    if sharing is None:
+        return healed
+    # A rank has no moments of a layer that another stage trains, and takes part all the same.
+    parts = {
+        f"{name}.{moment}": healed.moments.get(f"{name}.{moment}", weight.new_empty(weight.shape))
+        for name, weight in healed.weights.items()
+        for moment in MOMENTS
+    }
+    weights, moments = sharing.whole_weights(healed.weights), sharing.whole_weights(parts)
+    return replace(healed, weights=weights, moments=moments)
 
 
 def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -122,8 +122,8 @@ class Plan:
         return rank // self.each
 
     def cut(self, name: str) -> Cut:
-        """How the weight of that name is dealt out; `name` as in the model's state_dict."""
-        D, (*path, kind, _) = self.config.head_dim, name.split(".")
+        """How the weight of that name is dealt out, and what goes with it (`name.exp_avg`)."""
+        D, (*path, kind) = self.config.head_dim, name.partition(".weight")[0].split(".")
         own_heads = times(self.heads, D)
         exact = self.mode == "exact"
         cut = {

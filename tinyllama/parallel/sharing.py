@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tinyllama import hooks
-from tinyllama.parallel.exchange import join, spread
-from tinyllama.parallel.plan import Parts, Plan, times
+from tinyllama.parallel.exchange import in_order, join, spread
+from tinyllama.parallel.plan import Parts, Plan, owners, times
 from tinyllama.parallel.ranks import Ranks
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +128,14 @@ class Sharing:
     def parts(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts of whole weights that this rank has."""
         return {name: weight[self.plan.cut(name).place(self.ranks.rank)] for name, weight in weights.items()}
+
+    def norm(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Of whole weights together, or of what goes with them; what several ranks have counts once."""
+        square = torch.zeros(1, dtype=torch.float64, device=self.ranks.device)
+        for name, part in parts.items():
+            if self.ranks.rank in (owners(self.plan.cut(name).parts) or [0]):
+                square += part.double().square().sum()
+        return in_order(self.ranks.gather(square, [1] * self.ranks.size)).sqrt()[0]
 
     def whole_weights(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole weights, or what goes with them, on every rank. All must ask for the same names."""

@@ -7,7 +7,7 @@ order, and a run resumed halfway gives the same bits as one run in one go.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from tinyllama.parallel.ranks import Ranks
 
 # Largest norm of all gradients together; larger gradients are scaled down to it.
 CLIP = 1.0
+Norm = Callable[[list[Tensor]], Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside each weight
 
 
@@ -71,6 +72,7 @@ def step(
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     ranks: Ranks | None = None,
+    norm: Norm = nn.utils.get_total_norm,
 ) -> float:
     """One step of an optimizer over the windows; returns the mean loss in nats a token.
 
@@ -85,6 +87,7 @@ def step(
         accumulate: in how many parts the windows are read; more parts need less memory.
         autocast: compute in this dtype where PyTorch finds it safe.
         ranks: this process among those that share the step; None: it is alone.
+        norm: of all gradients together.
     """
     device, total = next(model.parameters()).device, 0.0
     parts = rows.to(device).chunk(accumulate)
@@ -108,7 +111,7 @@ def step(
                     sums[weight] = sums[weight].add_(gradient) if weight in sums else gradient
     for weight, gradient in sums.items():
         weight.grad = gradient
-    nn.utils.clip_grad_norm_(weights, CLIP)
+    nn.utils.clip_grads_with_norm_(sums, CLIP, norm(list(sums.values())))
     optimizer.step()
     return total
 
