@@ -42,6 +42,20 @@ def test_every_value_is_whole_on_every_rank(size, split, stages):
                 assert torch.allclose(found[address], value, atol=1e-4), address
 
 
+def test_a_second_pass_replaces_the_values_of_the_first():
+    model = model_with(**HEADS)
+
+    def of_two_passes(part: Llama) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), tinyllama.capture(part, "layers.*.self_attn.z", whole=True) as found:
+            part(some_ids(1, 5))
+            part(some_ids(2, 7, seed=1))
+        return found
+
+    one = of_two_passes(model)
+    for found in in_threads(model, 4, of_two_passes, stages=2):
+        assert all(torch.equal(found[address], value) for address, value in one.items())
+
+
 def test_addresses_are_those_of_one_process():
     model = model_with(**HEADS)
     for found in in_threads(model, 4, tinyllama.addresses, stages=2):

@@ -84,20 +84,19 @@ class Sharing:
         """
         device = self.ranks.device
         for address in addresses:
-            value, stage = values.get(address), self.stage_of(address)
+            value, stage = values.get(address) if self.computes(address) else None, self.stage_of(address)
             if value is not None:
-                values[address] = self.whole(address, value)
+                values[address] = value = self.whole(address, value)
             if stage is None:
                 continue
-            known, source = values.get(address) if self.computes(address) else None, stage * self.plan.each
-            about = [-1] * 6  # the dtype and the shape
-            if known is not None:
-                about[: 1 + known.dim()] = [DTYPES.index(known.dtype), *known.shape]
+            source, about = stage * self.plan.each, [-1] * 6  # the dtype and the shape
+            if value is not None:
+                about[: 1 + value.dim()] = [DTYPES.index(value.dtype), *value.shape]
             dtype, *sizes = self.ranks.send(torch.tensor(about, device=device), source).tolist()
             if dtype < 0:
                 continue
             shape = [n for n in sizes if n >= 0]
-            room = torch.empty(shape, dtype=DTYPES[dtype], device=device) if known is None else known.detach()
+            room = torch.empty(shape, dtype=DTYPES[dtype], device=device) if value is None else value.detach()
             values.pop(address, None)  # so that all ranks have the same order
             values[address] = self.ranks.send(room, source)
 
