@@ -160,17 +160,36 @@ class Scale(nn.Module):
         return CHANGE.kernel(q * self.scale, k, v, context)
 
 
-def test_ranks_that_begin_with_other_weights_are_refused():
+def test_a_kernel_s_own_weights_begin_as_on_rank_0_and_are_trained():
+    kernels = [Scale(), Scale()]
+    assert kernels[0].scale != kernels[1].scale
+
+    def trained(kernel: Scale, ranks: Threads | None = None) -> Healed:
+        with torch.enable_grad():
+            states = heal(tiny_model(), replace(CHANGE, kernel=kernel), TEXT, SETTINGS, 2, None, ranks)
+            return copy.deepcopy(deque(states, maxlen=1)[0])
+
     meeting = Meeting(2)
+    one = trained(kernels[0])
+    assert one.weights["layers.1.self_attn.kernel.scale"] != kernels[0].scale
+    for state in run_in_threads(2, meeting, lambda rank: trained(kernels[rank], Threads(meeting, rank, 2))):
+        assert_equal(state, one)
+
+
+@pytest.mark.parametrize("what", ["kernel", "state to begin with"])
+def test_ranks_that_begin_unlike_are_refused(what):
+    meeting, begun = Meeting(2), healed(1)
 
     def begin(rank: int) -> str:
-        change = replace(CHANGE, kernel=Scale())
-        with pytest.raises(InputError) as caught:
-            next(heal(tiny_model(), change, TEXT, SETTINGS, 1, None, Threads(meeting, rank, 2)))
+        other = what == "kernel" and rank == 1
+        change = replace(CHANGE, kernel=load_kernel("window:size=5" if other else KERNEL))
+        known = None if what == "kernel" or rank == 1 else begun
+        with pytest.raises(InputError) as caught, torch.enable_grad():
+            next(heal(tiny_model(), change, TEXT, SETTINGS, 2, known, Threads(meeting, rank, 2)))
         return str(caught.value)
 
     for said in run_in_threads(2, meeting, begin):
-        assert "expected the same weights to train on all of them" in said
+        assert f"expected the same {what} on all of them" in said
 
 
 @slow
@@ -205,7 +224,7 @@ def test_ctrl_c_ends_after_the_step_on_all_processes_and_saves_once(small, tmp_p
     os.killpg(process.pid, signal.SIGINT)
     status, out, err = ended(process)
     assert status == 130
-    assert out.count("healed") == 1
+    assert out.count("healed") == 1, err
     steps = len(load_healed(tmp_path / "out").losses)
     assert 100 <= steps < 1000
     assert err.endswith(f"wrote {tmp_path / 'out'}, {steps} steps\n")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
 PLACES = 64  # bytes
+WHOLE = "whole"  # the split in which every rank has all of the model
 
 
 def load(
@@ -124,6 +125,7 @@ def load_model(
         ranks: this process among those that share the model; it reads and keeps its own part alone. None: it
             has the whole model.
         split: how it is shared: "exact", every bit that of one process, or "fast"; see `parallel.plan`.
+            "whole": each has all of it, found to be the same, to learn from its own windows (see `lab.heal`).
         pipeline: into how many stages of layers the ranks are divided; each stage shares its layers.
 
     Raises:
@@ -138,9 +140,13 @@ def load_model(
     check_kernel(folder, kernel_name(chosen), kernel_source(chosen))
     stored = find_tensors(folder)
     model = _skeleton(config, stored, folder)
-    plan = None if ranks is None else Plan.of(config, ranks.size, split, pipeline)
+    plan = None if ranks is None or split == WHOLE else Plan.of(config, ranks.size, split, pipeline)
+    if ranks is not None:
+        _agree(ranks, folder, stored, f"{split}, pipeline {pipeline}")
     if plan is not None and ranks is not None:
-        _join(model, plan, ranks, folder, stored)
+        from tinyllama.parallel.layers import narrow
+
+        narrow(model, plan, ranks.rank)
     own = {name: tensor.numel() for name, tensor in model.state_dict().items()}  # of this process
     elsewhere = {name for name, numbers in own.items() if numbers == 0}  # in another stage
     sizes = {name: own[name] * tensor.dtype.itemsize for name, tensor in stored.items()}
@@ -193,15 +199,13 @@ def load_model(
     return model
 
 
-def _join(model: Llama, plan: Plan, ranks: Ranks, folder: Path, stored: dict[str, StoredTensor]) -> None:
-    """Agree with the other ranks on what is loaded, and leave the model without weights this rank's part."""
-    from tinyllama.parallel.layers import narrow
+def _agree(ranks: Ranks, folder: Path, stored: dict[str, StoredTensor], split: str) -> None:
+    """Go on if all ranks load the same checkpoint, by the same code, to share it alike."""
     from tinyllama.parallel.ranks import checkpoint_version, code_version
 
     ranks.same("version of the code", code_version())
     ranks.same("checkpoint", checkpoint_version(folder / "config.json", stored))
-    ranks.same("split and pipeline", f"{plan.mode} and {plan.stages}")
-    narrow(model, plan, ranks.rank)
+    ranks.same("split", split)
 
 
 def _keep(model: Llama, state: dict[str, Tensor], name: str, storage: Storage) -> None:

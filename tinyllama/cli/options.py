@@ -266,7 +266,7 @@ def join(args: argparse.Namespace) -> Ranks | None:
     """Meet the other processes that torchrun started; None for a single one.
 
     Raises:
-        InputError: the device cannot be used, or not by several ranks.
+        InputError: the device cannot be used, or not by several ranks, or they have other options.
         RankError: the others did not come.
     """
     from tinyllama.device import usable_device
@@ -309,8 +309,8 @@ def load(
         weights=weights,
         threads=args.threads,
         graph=graph,
-        ranks=None if whole else ranks,
-        **sharing,
+        ranks=ranks,
+        **({"split": "whole"} if whole else sharing),
     )
 
 

@@ -54,10 +54,12 @@ def run(main: Callable[[], int | None], ranks: bool = False) -> None:
         with warnings.catch_warnings():  # after %run a notebook's warnings are its own again
             status = main() or 0
         sys.stdout.flush()
+        if together.rank() > 0:  # rank 0's counts, and torchrun ends it, perhaps printing, when another fails
+            status = 0
     except InputError as error:
         problem, status = str(error), 2
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+        status = 128 + signal.SIGINT if together.rank() == 0 else 0
     except BrokenPipeError:
         status = CLOSED_PIPE
     except Exception as error:

@@ -55,6 +55,7 @@ def join(on_gpus: bool) -> Ranks | None:
     """Meet the processes that share the model; None for a single one.
 
     Raises:
+        InputError: they were started with other options.
         RankError: the others did not come.
     """
     if size() > 1 and not _joined:
@@ -62,6 +63,7 @@ def join(on_gpus: bool) -> Ranks | None:
 
         _joined.append(Ranks.from_environment("nccl" if on_gpus else "gloo"))
         _joined[0].defer_interrupts()
+        _joined[0].same("options", shlex.join(sys.argv[1:]))  # each host has its own command line
     return _joined[0] if _joined else None
 
 

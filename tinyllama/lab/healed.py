@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,6 +60,15 @@ class Healed:
     losses: tuple[float, ...]
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """Of all bits."""
+        found = hashlib.sha256(repr((self.settings, self.losses)).encode())
+        for name, tensor in sorted((self.weights | self.moments).items()):
+            bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            found.update(name.encode() + b"\0" + bits.numpy().tobytes())
+        return found.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tinyllama.errors import InputError
+from tinyllama.kernels import kernel_name, kernel_source
 from tinyllama.lab.change import Change
 from tinyllama.lab.healed import Healed, Settings
 from tinyllama.lab.training.steps import MOMENTS, moments, require_window, restore, step, windows
 from tinyllama.model import Llama
-from tinyllama.parallel.ranks import Ranks, digest
+from tinyllama.parallel.ranks import Ranks
 
 
 def heal(
@@ -39,14 +40,17 @@ def heal(
         settings: how the layers are trained.
         steps: how many steps to reach, those before `start` included.
         start: the state to resume from.
-        ranks: this process among several, each with the whole model, that deal out the windows; None: it is
-            alone, or shares the model.
+        ranks: this process among several that deal out the windows, each with the whole model
+            (`load(..., ranks=ranks, split="whole")`); None: it is alone, or shares the model.
 
     Raises:
-        InputError: the text is shorter than one window, `start` belongs to another model, the ranks begin
-            with other weights, or share a model whose kernel has weights.
+        InputError: the text is shorter than one window, `start` belongs to another model, or the ranks do not
+            begin alike, or share a model whose kernel has weights.
     """
     require_window(len(ids), settings.length)
+    if ranks is not None:
+        code = kernel_source(change.kernel) or "of this package"
+        ranks.same("kernel", f"{kernel_name(change.kernel)} (code {code})")
     text = torch.tensor(list(ids))
     with replace(change, weights=start.weights if start else {}).applied(model):
         weights, sharing = trained(model, change), model.sharing
@@ -61,10 +65,8 @@ def heal(
             for parameter in flags:
                 parameter.requires_grad_(False)
             for parameter in weights.values():
-                parameter.data = parameter.data.clone()
+                parameter.data = _of_rank_0(parameter.data, ranks)
                 parameter.requires_grad_(True)
-            if ranks is not None:
-                ranks.same("weights to train", digest(_values(weights)))
             optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr)
             losses = list(start.losses) if start else []
 
@@ -76,10 +78,16 @@ def heal(
             if start:
                 kept = start.moments if sharing is None else sharing.parts(start.moments)
                 restore(optimizer, weights, kept, len(losses))
+
+            def state() -> Healed:
+                return Healed(settings, tuple(losses), _values(weights), moments(optimizer, weights))
+
+            if ranks is not None:
+                ranks.same("state to begin with", state().digest)
             while len(losses) < steps:
                 rows = windows(text, settings.batch, settings.length, settings.seed, len(losses))
                 losses.append(step(model, optimizer, rows, accumulate=len(rows), ranks=ranks, norm=norm))
-                yield Healed(settings, tuple(losses), _values(weights), moments(optimizer, weights))
+                yield state()
         finally:
             for name, value in own.items():
                 weights[name].data = value
@@ -110,6 +118,13 @@ def whole(healed: Healed, model: Llama) -> Healed:
     }
     weights, moments = sharing.whole_weights(healed.weights), sharing.whole_weights(parts)
     return replace(healed, weights=weights, moments=moments)
+
+
+def _of_rank_0(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """A copy; on several ranks, of what rank 0 has: a kernel's own weights may begin at random."""
+    if ranks is None:
+        return x.clone()
+    return ranks.gather(x.reshape(-1), [x.numel()] * ranks.size)[0].view(x.shape).clone()
 
 
 def _values(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:

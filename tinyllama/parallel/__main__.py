@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tinyllama.cli import terminal
 from tinyllama.cli.together import LAUNCHED
+from tinyllama.parallel.ranks import SECONDS
 
 
 def main() -> int:
@@ -27,6 +28,8 @@ def main() -> int:
     if args.nproc_per_node.isdigit():  # torchrun would give each one thread, and say so at length
         cores = max(1, (os.cpu_count() or 1) // int(args.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    # After Ctrl-C heal.py ends its step, saves, and measures; torchrun would kill it after 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(SECONDS)))
     try:
         run.run(args)
     except ChildFailedError as error:

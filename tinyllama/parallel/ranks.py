@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +35,8 @@ PRECEDENCE = 0.5  # seconds in which rank 0 may say what all ranks have to say
 LOOK = 0.01  # seconds between two looks into the store
 SAMPLE = 512  # bytes of each tensor that tell checkpoints apart
 STOP = -1  # in place of an id: Ctrl-C
-ECHO = 1.0  # seconds in which torchrun repeats a Ctrl-C to its ranks, which have had it already
+ECHO = 2.0  # seconds in which torchrun repeats a Ctrl-C to its ranks, which have had it already
+_signalled = [-math.inf]  # when the last one came, whoever handled it
 
 
 class RankError(RuntimeError):
@@ -273,13 +274,11 @@ class Ranks:
 
 
 def without_echo(handle: Callable[..., None]) -> Callable[..., None]:
-    """A signal handler that takes signals that follow each other at once for one."""
-    last = -math.inf
+    """A signal handler for which signals that follow each other at once are one, whoever had the first."""
 
     def handle_one(*about: Any) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > ECHO:
+        before, _signalled[0] = _signalled[0], time.monotonic()
+        if _signalled[0] - before > ECHO:
             handle(*about)
 
     return handle_one
@@ -292,15 +291,6 @@ def code_version() -> str:
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".h")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of all names and bits."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        found.update(name.encode() + b"\0" + bits.numpy().tobytes())
-    return found.hexdigest()[:12]
 
 
 def checkpoint_version(config: Path, stored: dict[str, StoredTensor]) -> str:
