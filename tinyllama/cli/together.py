@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,9 +31,20 @@ def size() -> int:
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def size_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
 def rank() -> int:
     """Which of them this is."""
     return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def command(script: str) -> str:
+    """How this script was started, to be started again."""
+    start = ["torchrun", "--nproc-per-node", str(size())] if size() > 1 else ["python"]
+    return shlex.join([*start, f"scripts/{script}.py", *sys.argv[1:]])
 
 
 def silence() -> None:

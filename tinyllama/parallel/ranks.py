@@ -182,8 +182,14 @@ class Ranks:
         """What rank 0 makes, on every rank; JSON must be able to write it.
 
         The others wait as long as rank 0 is there: it may wait for somebody who types.
+
+        Raises:
+            KeyboardInterrupt: on rank 0, if it had Ctrl-C meanwhile.
+            RankError: another rank ended.
         """
-        self._busy = self._stopped = False
+        stopped, self._busy, self._stopped = self._stopped, False, False
+        if stopped:
+            raise KeyboardInterrupt
         turn = self._turn()
         if self.rank > 0:
             return json.loads(self._get(turn, 0, math.inf))
@@ -217,7 +223,7 @@ class Ranks:
         """While the ranks compute, let Ctrl-C wait for the next id: then it ends the text on all of them."""
 
         def interrupt(*_: object) -> None:
-            if not self._busy:
+            if not self._busy or self._stopped:  # nobody waits twice
                 raise KeyboardInterrupt
             self._stopped = True
 
