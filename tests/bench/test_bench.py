@@ -110,9 +110,9 @@ def test_each_round_measures_each_figure_of_each_peer_in_turn_beside_the_limits(
         *("read", ("a", "batch", 2, 5)),
     ]
     assert calls == one_round * 4
-    assert {len(values) for by_figure in found.speeds.values() for values in by_figure.values()} == {3}
-    assert list(map(str, found.speeds["a"])) == ["decode at 4", "decode at 64", "prefill of 8", "batch of 2"]
-    assert list(map(str, found.speeds["b"])) == ["decode at 4", "decode at 64", "prefill of 8"]
+    assert {len(values) for by_figure in found.taken.values() for values in by_figure.values()} == {3}
+    assert list(map(str, found.taken["a"])) == ["decode at 4", "decode at 64", "prefill of 8", "batch of 2"]
+    assert list(map(str, found.taken["b"])) == ["decode at 4", "decode at 64", "prefill of 8"]
     assert len(found.read) == 3 * 4
     assert found.products == {"float32": [2.0] * 3, "bfloat16": [2.0] * 3}
 
@@ -266,12 +266,14 @@ def test_the_command_writes_a_table_json_and_a_chart(bench, monkeypatch, tmp_pat
     assert status == 0
     assert err.endswith("wrote bench.json\nwrote bench.png\n")
     assert max(map(len, out.splitlines())) <= 100
+    assert "in collectives" not in out  # a table for ranks alone
     assert 'llama.cpp-F16 is left out: llama_cpp is not installed: pip install "tinyllama[bench]"' in out
 
     found = json.loads((tmp_path / "bench.json").read_text(), parse_constant=pytest.fail)
     table = out[out.index("tokens/s") :]
     assert [peer["name"] for peer in found["peers"]] == ["stored", "transformers-float32"]
     for peer in found["peers"]:
+        assert (peer["threads"], peer["sharing"]) == (1, None)
         assert list(peer["speeds"]) == ["decode at 4", "decode at 8", "prefill of 16", "batch of 2"]
         for rate in peer["speeds"].values():
             assert len(rate["rounds"]) == 2
@@ -308,6 +310,7 @@ def test_a_profile_is_printed_or_written(bench):
     ("options", "expected"),
     [
         (["--peers", "nobody"], "'nobody'"),
+        (["--peers", "stored", "stored-fast"], "stored-fast is for several ranks"),
         (["--profile", "--png", "a.png"], "--png"),
         (["--profile", "--peers", "llama.cpp-F16"], "--profile"),
         (["--png", "absent/a.png"], "make the folder first"),

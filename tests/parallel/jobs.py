@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,12 @@ import torch
 
 import tinyllama
 from tests.shapes import some_ids
+from tinyllama.bench import measure, on_ranks, torch_peers
+from tinyllama.bench.peers import Setup
+from tinyllama.bench.results import Run
 from tinyllama.checkpoints.load import load_model
 from tinyllama.errors import InputError
+from tinyllama.fast import threads
 from tinyllama.model import Llama
 from tinyllama.parallel import ranks as ranks_module
 from tinyllama.parallel.plan import Plan
@@ -112,3 +118,35 @@ def traffic(ranks: Ranks, folder: Path) -> list[tuple[int, int]]:
         planned = Plan.of(model.config, ranks.size, split, stages).received(4, ranks.rank)
         found.append((ranks.traffic.received - before, planned))
     return found
+
+
+def benched(ranks: Ranks, setup: Setup, names: list[str], plan: measure.Plan) -> dict[str, Any]:
+    """What the bench finds, and of each text that this rank decodes: ids, and threads of each pass.
+
+    All threads but one seem late in every pass.
+    """
+    texts: list[dict[str, list[int]]] = []
+    found: dict[str, Any] = {"texts": texts}
+
+    def watched(model: Llama, *arguments: Any, **settings: Any) -> Iterator[int]:
+        text: dict[str, list[int]] = {"ids": [], "threads": []}
+        texts.append(text)
+        hook = model.register_forward_hook(lambda *_: text["threads"].append(torch.get_num_threads()))
+        for id in tinyllama.stream(model, *arguments, **settings):
+            text["ids"].append(id)
+            yield id
+        hook.remove()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch_peers, "stream", watched)
+        patched.setattr(threads, "team", threads.Team(computed=lambda: 0.0))
+        if ranks.rank > 0:
+            torch.set_num_threads(setup.threads // setup.ranks_here)
+            on_ranks.serve(ranks, None)
+            return found
+        torch.set_num_threads(setup.threads)
+        limits = measure.Limits("cpu", read_bytes=1_000_000, product=(8, 16, 16))
+        run = Run("", {}, "", 0, "cpu", "float32", 0)
+        with on_ranks.directing(ranks, setup):
+            found |= asdict(measure.measure_speeds(run, names, setup, plan, limits, ranks))
+        return found | {"threads": torch.get_num_threads()}

@@ -154,6 +154,19 @@ def test_ctrl_c_ends_all_ranks_with_130(small):
     assert out.endswith("\n")
 
 
+@slow
+@unix
+def test_ctrl_c_ends_a_bench_whose_other_ranks_wait(small):
+    sizes = ["--rounds", "1000", "--contexts", "4", "--prefill", "0", "--rows", "0", "--steps", "2"]
+    process = start("scripts/bench.py", "--model", str(small), *sizes)
+    assert process.stderr is not None
+    while "load stored-fast" not in process.stderr.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, _ = ended(process)
+    assert (status, out) == (130, "")
+
+
 def kill_and_read_one_line(process, rank):
     os.kill(ranks_of(process)[rank], signal.SIGKILL)
     status, _, err = ended(process)

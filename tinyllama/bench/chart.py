@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama.bench.peers import MODES
 from tinyllama.bench.results import PeerResult, Results
 from tinyllama.checkpoints.files import replace_file
 
@@ -51,6 +50,6 @@ def draw(panel: Any, figure: str, peers: Sequence[PeerResult]) -> None:
 
 def colour(peer: PeerResult) -> str:
     """One for each implementation."""
-    if peer.name in MODES:
-        return OURS
-    return TRANSFORMERS if peer.name.startswith("transformers") else LLAMA_CPP
+    if peer.name.startswith("transformers"):
+        return TRANSFORMERS
+    return LLAMA_CPP if peer.name.startswith("llama.cpp") else OURS

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from tinyllama.bench.figures import Figure, Taken, seconds
 from tinyllama.bench.loads import measure_loads
-from tinyllama.bench.peers import Peer, Setup, make_peer
+from tinyllama.bench.on_ranks import OnRanks
+from tinyllama.bench.peers import ON_RANKS, Peer, Setup, make_peer
 from tinyllama.bench.results import PeerResult, Rate, Results, Run
 from tinyllama.device import usable_device
 from tinyllama.errors import InputError
 from tinyllama.progress import step_progress
+
+if TYPE_CHECKING:
+    from tinyllama.parallel.ranks import Ranks
 
 READ_BYTES = 1_000_000_000  # more than a processor's caches hold
 # Rows, inner size and outer size of the large product: TinyLlama's up projection in a long prefill.
@@ -54,35 +58,6 @@ class Plan:
             *(Figure("decode at", context) for context in self.contexts),
             *(Figure(kind, size) for kind, size in others if size),
         ]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of every peer: "decode at" a context, "prefill of" a prompt, or "batch of" some texts."""
-
-    kind: str
-    size: int
-
-    def __str__(self) -> str:
-        """`decode at 1,900`."""
-        return f"{self.kind} {self.size:,}"
-
-    def speed(self, peer: Peer, steps: int) -> float:
-        """Tokens a second."""
-        if self.kind == "prefill of":
-            return self.size / seconds(lambda: peer.prefill(self.size))
-        if self.kind == "batch of":
-            return self.size * steps / seconds(lambda: peer.batch(self.size, steps))
-        tokens = peer.decode(self.size, steps + 2)
-        next(tokens), next(tokens)
-        return steps / seconds(lambda: deque(tokens, maxlen=0))
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """How long the action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 class Limits:
@@ -126,20 +101,28 @@ def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             spinner.wait()
 
 
-def load_peers(names: Sequence[str], setup: Setup) -> tuple[list[Peer], dict[str, str]]:
+def load_peers(
+    names: Sequence[str], setup: Setup, ranks: Ranks | None = None
+) -> tuple[list[Peer], dict[str, str]]:
     """The peers that could be loaded, and for the others the reason why not.
 
     Raises:
-        InputError: no peer could be loaded.
+        InputError: no peer could be loaded, or the ranks refuse what they should share.
     """
-    peers, left_out = [], {}
+    peers: list[Peer] = []
+    left_out = {}
     with step_progress(len(names)) as step:
         for name in names:
             try:
-                peer = make_peer(name, setup)
+                if ranks is not None and name in ON_RANKS:
+                    peer: Peer = OnRanks(name, setup, ranks)
+                else:
+                    peer = make_peer(name, setup)
                 peer.load()
                 peers.append(peer)
             except InputError as error:
+                if name in ON_RANKS:  # the other ranks end, too
+                    raise
                 left_out[name] = str(error)
             step(f"load {name}")
     if not peers:
@@ -151,7 +134,7 @@ def load_peers(names: Sequence[str], setup: Setup) -> tuple[list[Peer], dict[str
 class Rounds:
     """One value for each round."""
 
-    speeds: dict[str, dict[Figure, list[float]]]  # tokens a second by peer
+    taken: dict[str, dict[Figure, list[Taken]]]  # by peer
     read: list[float]  # bytes a second, beside each figure
     products: dict[str, list[float]]  # floating-point operations a second by dtype
 
@@ -168,25 +151,37 @@ def interleave(peers: Sequence[Peer], plan: Plan, limits: Limits) -> Rounds:
                 found.read.append(limits.read_bandwidth())
                 for peer in peers:
                     if peer.batches or figure.kind != "batch of":
-                        speed = figure.speed(peer, plan.steps)
-                        found.speeds[peer.name].setdefault(figure, []).append(speed)
+                        if isinstance(peer, OnRanks):
+                            taken = peer.measure(figure, plan.steps)
+                        else:
+                            taken = figure.measure(peer, plan.steps)
+                        found.taken[peer.name].setdefault(figure, []).append(taken)
                 step(f"{figure}, round {turn} of {plan.rounds}" if turn else f"{figure}, warm-up")
     return found
 
 
-def measure_speeds(run: Run, names: Sequence[str], setup: Setup, plan: Plan, limits: Limits) -> Results:
-    """Load the peers, and measure their speeds and then their loads, in turn."""
-    peers, left_out = load_peers(names, setup)
+def measure_speeds(
+    run: Run, names: Sequence[str], setup: Setup, plan: Plan, limits: Limits, ranks: Ranks | None = None
+) -> Results:
+    """Load the peers, and measure their speeds and then their loads, in turn.
+
+    With ranks this is for rank 0; see `on_ranks`.
+    """
+    peers, left_out = load_peers(names, setup, ranks)
     rounds = interleave(peers, plan, limits)
     loads = measure_loads([peer.name for peer in peers], setup, plan.load_rounds)
     bandwidth = Rate.of(rounds.read)
     results = []
     for peer in peers:
-        speeds = {str(figure): Rate.of(values) for figure, values in rounds.speeds[peer.name].items()}
+        taken = {str(figure): values for figure, values in rounds.taken[peer.name].items()}
+        speeds = {figure: Rate.of([one.speed for one in values]) for figure, values in taken.items()}
         shares = {}
         for context in plan.contexts:
             figure, size = str(Figure("decode at", context)), peer.weight_bytes + context * peer.cached_bytes
             shares[figure] = speeds[figure].median * size / bandwidth.median
-        results.append(PeerResult(peer.name, speeds, shares, loads.get(peer.name)))
+        threads, sharing = setup.threads, None
+        if isinstance(peer, OnRanks):
+            threads, sharing = peer.threads, peer.sharing(taken)
+        results.append(PeerResult(peer.name, threads, speeds, shares, loads.get(peer.name), sharing))
     products = {dtype: Rate.of(rates) for dtype, rates in rounds.products.items()}
     return Results(run, bandwidth, products, left_out, peers=results)

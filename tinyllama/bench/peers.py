@@ -1,5 +1,7 @@
 """Who is measured: our model in each weight mode, transformers and llama.cpp, all on one checkpoint.
 
+Where there are several ranks, also our model as they share it.
+
 Importing this module imports none of them: `--help` is instant, and a load can be timed from its imports on.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from tinyllama.errors import InputError
+from tinyllama.parallel.plan import MODES as SPLITS
 
 if TYPE_CHECKING:
     from tinyllama import LlamaConfig
@@ -21,9 +24,12 @@ MODES = ("exact", "stored", "float32", "bfloat16", "float16", "int8")
 GRAPH = "graph"
 # The part after the hyphen is the dtype, for llama.cpp the kind of the GGUF file.
 NAMES = (*MODES, GRAPH, "transformers-float32", "transformers-bfloat16", "llama.cpp-F16", "llama.cpp-Q8_0")
+# Our model in a weight mode, shared by all ranks in a split.
+ON_RANKS = tuple(f"{mode}-{split}" for mode in MODES for split in SPLITS)
 # Of a bfloat16 checkpoint `bfloat16` is the same as `stored`; with `float32` too, 24 GB would not hold all.
 DEFAULT = tuple(name for name in NAMES if name not in ("float32", "bfloat16", "float16", GRAPH))
 DEFAULT_ON_GPU = ("exact", GRAPH, "transformers-float32", "transformers-bfloat16")
+DEFAULT_ON_RANKS = ("stored", *(f"stored-{split}" for split in SPLITS))
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,14 @@ class Setup:
     device: str  # of our model and transformers; llama.cpp runs on the CPU only
     dtype: str  # of our model's activations
     context: int  # tokens of the longest text
-    threads: int  # of llama.cpp; PyTorch has its own setting
+    threads: int  # of a peer in one process
+    ranks_here: int = 1  # on this machine; they share these threads
 
 
 class Peer(Protocol):
     """An implementation on one checkpoint. Making one imports its libraries, `load` reads the weights."""
 
-    name: str  # one of NAMES
+    name: str  # one of NAMES or ON_RANKS
     batches: bool  # whether it can decode several texts at once
     weight_bytes: int  # of the weights that a decode step reads
     cached_bytes: int  # of the keys and values of one token

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from tinyllama.bench.measure import Figure, Limits, Plan, load_peers, seconds
+from tinyllama.bench.figures import Figure, seconds
+from tinyllama.bench.measure import Limits, Plan, load_peers
 from tinyllama.bench.peers import Setup
 from tinyllama.bench.results import Operation, Profile, Rate, Results, Run
 from tinyllama.bench.torch_peers import Ours, Transformers
@@ -81,7 +82,7 @@ def profile(peer: Ours | Transformers, context: int, plan: Plan) -> Profile:
     plain, with_clock = [], []
     taken: dict[str, list[float]] = {name: [] for name in OPERATIONS.values()}
     for _ in range(plan.rounds + 1):
-        plain.append(1 / Figure("decode at", context).speed(peer, plan.steps))
+        plain.append(1 / Figure("decode at", context).measure(peer, plan.steps).speed)
         tokens = peer.decode(context, plan.steps + 1)
         next(tokens)
         with watched(peer.model) as found:

@@ -39,14 +39,29 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """What it costs to share a model among ranks; medians of the rounds."""
+
+    ranks: int
+    split: str
+    bytes_read: Sequence[int]  # of the weight files, by rank
+    in_collectives: Mapping[
+        str, Sequence[float]
+    ]  # by figure, each rank's share of the time, waiting included
+    received: Mapping[str, float]  # by figure, bytes a token that each rank received
+
+
+@dataclass(frozen=True)
 class PeerResult:
     """One peer's figures; the keys are "decode at 64", "prefill of 512", "batch of 8"."""
 
-    name: str  # one of peers.NAMES
+    name: str  # one of peers.NAMES or peers.ON_RANKS
+    threads: int  # of each process
     speeds: Mapping[str, Rate]  # tokens a second
     # Of decode figures: the bytes that a second's steps must read, over the machine's read bandwidth.
     bandwidth_shares: Mapping[str, float]
     load: Load | None
+    sharing: Sharing | None = None  # where ranks share the model
 
 
 @dataclass(frozen=True)

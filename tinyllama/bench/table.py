@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,9 +33,10 @@ def show_speeds(console: Console, found: Results) -> None:
     """One row for each peer."""
     figures, shares = found.figures, list(found.peers[0].bandwidth_shares)[:1]
     loads = ["load, s", "with imports, s", "peak GB"] if any(peer.load for peer in found.peers) else []
-    made = table("tokens/s", *figures, *("of read bandwidth" for _ in shares), *loads)
+    shared = any(peer.sharing for peer in found.peers)
+    made = table("tokens/s", *["threads"] * shared, *figures, *("of read bandwidth" for _ in shares), *loads)
     for peer in found.peers:
-        row = [speed(peer, figure) for figure in figures]
+        row = [threads(peer)] * shared + [speed(peer, figure) for figure in figures]
         row += [f"{peer.bandwidth_shares[figure]:.0%}" for figure in shares]
         if load := peer.load:
             peak = "" if load.peak_bytes is None else f"{load.peak_bytes / 1e9:.2f}"
@@ -43,6 +46,31 @@ def show_speeds(console: Console, found: Results) -> None:
     console.print("\nmedians of rounds in turn; in brackets the slowest round")
     if shares:
         console.print(f"of read bandwidth: {shares[0]}; load: from the files to a first token")
+    if shared:
+        show_sharing(console, found)
+
+
+def show_sharing(console: Console, found: Results) -> None:
+    """What sharing costs each peer that ranks share."""
+    made = table("in collectives", *found.figures, "kB received", "MB read")
+    for peer in found.peers:
+        if about := peer.sharing:
+            decode = next(iter(peer.bandwidth_shares))
+            made.add_row(
+                peer.name,
+                *(span([100 * share for share in about.in_collectives[f]], "%") for f in found.figures),
+                f"{about.received[decode] / 1e3:,.1f}",
+                span([read / 1e6 for read in about.bytes_read]),
+            )
+    console.print("", made)
+    console.print("\nthreads: those of one process, or ranks \u00d7 threads of each")
+    console.print("in collectives: share of a rank's time, waiting included")
+    console.print("received: by a rank, for a token in decoding; read: by a rank, of the weight files")
+
+
+def span(values: Sequence[float], unit: str = "") -> str:
+    """The ranks' least and largest value: `258 to 280`; one number where they are the same."""
+    return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values)))) + unit
 
 
 def show_profile(console: Console, found: Profile, bandwidth: float) -> None:
@@ -76,6 +104,11 @@ def table(first: str, *heads: str) -> Table:
     for head in heads:
         made.add_column(head, justify="right")
     return made
+
+
+def threads(peer: PeerResult) -> str:
+    """Of one process `2`, of two ranks with one each `2 \u00d7 1`."""
+    return f"{peer.sharing.ranks} \u00d7 {peer.threads}" if peer.sharing else str(peer.threads)
 
 
 def speed(peer: PeerResult, figure: str) -> str:

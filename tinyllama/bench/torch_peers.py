@@ -12,6 +12,9 @@ from tinyllama import KVCache, generate, load_model, prefill, stream
 from tinyllama.bench.peers import GRAPH, Setup, cached_bytes, random_ids
 from tinyllama.checkpoints.config_file import read_config
 from tinyllama.checkpoints.storage import record_steps
+from tinyllama.parallel.layers import SharedEmbedding
+
+TABLES = (nn.Embedding, SharedEmbedding)
 
 
 class Ours:
@@ -113,6 +116,6 @@ def weight_bytes(model: nn.Module) -> int:
 
     A head that is tied to the embedding counts.
     """
-    modules = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    modules = [module for module in model.modules() if not isinstance(module, TABLES)]
     own = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     return sum({parameter.data_ptr(): parameter.nbytes for parameter in own}.values())

@@ -189,7 +189,7 @@ def load_model(
     model.set_attention(chosen)
     model = model.to(device).eval()
     if device.type == "cpu":
-        speed_up(model, claims, exact=storage.kind == "exact")
+        speed_up(model, claims, all_threads=storage.kind == "exact" or plan is not None)
     if plan is not None and ranks is not None:
         from tinyllama.parallel.layers import connect
 

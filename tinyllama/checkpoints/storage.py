@@ -115,13 +115,14 @@ def start(claims: list[Claim]) -> None:
         note("compiling matrix products and norms for this processor; it is done once")
 
 
-def speed_up(model: Llama, claims: list[Claim], exact: bool) -> None:
+def speed_up(model: Llama, claims: list[Claim], all_threads: bool) -> None:
     """Let a model on the CPU use the faster code whose claims hold, checked now and at each generation.
 
     Args:
         model: the model.
         claims: see `Storage.claims`.
-        exact: whether bits are to be transformers', which may depend on the number of threads.
+        all_threads: whether all threads compute every token, also where some come late: for bits that may
+            depend on their number, and on a rank, whose waiting for other ranks would look like late threads.
     """
     if not claims:
         return
@@ -136,7 +137,7 @@ def speed_up(model: Llama, claims: list[Claim], exact: bool) -> None:
 
     def supervise(steps: Iterator[Step]) -> Iterator[Step]:
         checked = chain(_checks(claims), steps)
-        return checked if exact else threads.team.steps(checked)
+        return checked if all_threads else threads.team.steps(checked)
 
     model.supervise = supervise  # type: ignore[method-assign]
 

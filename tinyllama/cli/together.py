@@ -31,6 +31,11 @@ def size() -> int:
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def size_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
 def rank() -> int:
     """Which of them this is."""
     return int(os.environ["RANK"]) if size() > 1 else 0
