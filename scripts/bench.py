@@ -59,7 +59,7 @@ many messages; see docs/parallel.md)"""
 def main() -> int:
     """Measure, print a table or JSON, and draw."""
     args = parse()
-    ranks = together.join(on_gpus=False)
+    ranks = options.join(args)
     if ranks is not None and ranks.rank > 0:
         from tinyllama.bench.on_ranks import serve
 
@@ -128,7 +128,14 @@ def measure(args: argparse.Namespace, scratch: Path, ranks: Ranks | None) -> Res
         busy=args.busy,
     )
     setup = Setup(
-        str(folder), str(scratch), args.device, args.dtype, plan.longest, threads, together.size_here()
+        str(folder),
+        str(scratch),
+        args.device,
+        args.dtype,
+        plan.longest,
+        threads,
+        together.size_here(),
+        **options.shared(args),
     )
     measured = profile.measure_profiles if args.profile else partial(measure.measure_speeds, ranks=ranks)
     with measure.busy(args.busy), directing(ranks, setup) if ranks else nullcontext():
@@ -187,6 +194,7 @@ def parse() -> argparse.Namespace:
         "--json", metavar="FILE", help="write every figure as JSON; - prints it instead of tables"
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the speeds")
+    options.add_pipeline_option(parser)
     group = parser.add_argument_group("sizes")
     for name, (kind, full, quick, meaning) in SIZES.items():
         shown = "; ".join(",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (full, quick))
@@ -215,11 +223,6 @@ def check_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--profile watches one process; start it by python, not by torchrun")
     if args.load_rounds:
         parser.error("--load-rounds: loads are measured in one process; start it by python, not by torchrun")
-    if args.device != "cpu":
-        parser.error(
-            f"--device {args.device}: several ranks are measured on the CPU, as a GPU does not tell how long "
-            "it was in collectives; start it by python"
-        )
     if args.model is None and together.size_here() < together.size():
         parser.error(
             "--model: expected a folder that every machine has, as the ranks are on several; random weights "

@@ -201,13 +201,14 @@ def rank_tables(figures: dict[str, Any]) -> list[Table]:
     heads = [
         f"{title} {'columns' if axes[kind] else 'rows'}" for kind, title in zip(kinds, titles, strict=True)
     ]
-    parts = table(f"Rank, {figures['split']} split", "layers", *heads)
-    sizes = table("Rank", "parameters", *(f"{dtype} bytes" for dtype in BYTES))
+    parts = table(f"Rank, {figures['split']} split", *heads)
+    sizes = table("Rank", "layers", "parameters", *(f"{dtype} bytes" for dtype in BYTES))
     for rank, number in enumerate(figures["parameters"]):
-        ranges = (figures["layers"][rank], *(parts_of[kind, rank] for kind in kinds))
+        ranges = (parts_of[kind, rank] for kind in kinds)
         parts.add_row(str(rank), *(f"{start}-{stop - 1}" for start, stop in ranges))
         nbytes = (numbers[rank] for numbers in figures["weight_bytes"].values())
-        sizes.add_row(str(rank), f"{number:,}", *(f"{size:,}" for size in nbytes))
+        first, end = figures["layers"][rank]
+        sizes.add_row(str(rank), f"{first}-{end - 1}", f"{number:,}", *(f"{size:,}" for size in nbytes))
     received = table("A rank receives", "bytes a token, at most")
     for dtype, numbers in figures["received_bytes_per_token"].items():
         received.add_row(dtype, f"{max(numbers):,}")

@@ -572,6 +572,18 @@ def test_the_parts_of_several_ranks_are_summarised(run_script):
     assert_refused(run_script("summary", "--ranks", "2049"), "ranks: expected 1 to 2048")
 
 
+def test_the_stages_of_a_pipeline_are_summarised(run_script):
+    status, out, _ = run_script("summary", "--ranks", "4", "--pipeline", "2")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["2", "0-1023", "0-127", "0-1023", "0-2815", "0-1023", "16000-23999"] in rows
+    assert ["2", "11-21", "275,036,160"] in [row[:3] for row in rows]
+    assert ["float32", "396,032"] in rows
+    assert_refused(
+        run_script("summary", "--ranks", "3", "--pipeline", "2"), "pipeline: expected 1 to 22 stages"
+    )
+
+
 def test_a_name_a_folder_and_its_config_have_the_same_summary(run_script, smollm2_folder):
     names = ("smollm2", smollm2_folder, smollm2_folder / "config.json")
     figures = [json.loads(run_script("summary", name, "--json")[1]) for name in names]

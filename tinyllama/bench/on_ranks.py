@@ -42,29 +42,33 @@ class OnRanks(Ours):
                 weights=self.weights,
                 ranks=self.ranks,
                 split=self.split,
+                pipeline=setup.pipeline,
             )
         config = self.model.config
         self.ids = random_ids(setup, config)
-        found = self._of_every_rank(weight_bytes(self.model), self.ranks.bytes_read)
+        found = self._of_every_rank(weight_bytes(self.model), self.ranks.traffic.bytes_read)
         self.bytes_read = [int(read) for _, read in found]
         # Of all ranks on this machine, for the bandwidth is the machine's.
         self.weight_bytes = sum(int(size) for size, _ in found[: setup.ranks_here])
-        plan = Plan.of(config, self.ranks.size, self.split)
-        heads = sum(map(len, plan.kv_heads[: setup.ranks_here]))
+        plan = Plan.of(config, self.ranks.size, self.split, setup.pipeline)
+        heads = sum(
+            len(plan.kv_heads[rank % plan.each]) * len(plan.layers[plan.stage(rank)])
+            for rank in range(setup.ranks_here)
+        )
         whole = cached_bytes(config, getattr(torch, setup.dtype).itemsize)
-        self.cached_bytes = whole * heads // config.num_key_value_heads
+        self.cached_bytes = whole * heads // (config.num_key_value_heads * config.num_hidden_layers)
         self._part()
 
     def measure(self, figure: Figure, steps: int) -> Taken:
         """Measure a figure once, on all ranks."""
         self._tell(figure.kind, figure.size, steps)
-        ranks = self.ranks
+        traffic = self.ranks.traffic
         with threads(self.threads):
             tokens, compute = figure.prepare(self, steps)
             self._of_every_rank()  # all begin together, though the others learn of it some milliseconds late
-            waited, received = ranks.seconds, ranks.received
+            waited, received = traffic.seconds, traffic.received
             passed = seconds(compute)
-            waited, received = ranks.seconds - waited, ranks.received - received
+            waited, received = traffic.seconds - waited, traffic.received - received
             shares = [share for (share,) in self._of_every_rank(waited / passed)]
         self._part()
         return Taken(tokens / passed, shares, received / tokens)
@@ -94,7 +98,7 @@ class OnRanks(Ours):
         self.ranks.share(lambda: None)
 
     def _of_every_rank(self, *values: float) -> list[list[float]]:
-        own = torch.tensor([0.0, *values], dtype=torch.float64)
+        own = torch.tensor([0.0, *values], dtype=torch.float64, device=self.ranks.device)
         return [found[1:].tolist() for found in self.ranks.gather(own, [len(own)] * self.ranks.size)]
 
 

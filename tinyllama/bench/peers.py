@@ -43,6 +43,7 @@ class Setup:
     context: int  # tokens of the longest text
     threads: int  # of a peer in one process
     ranks_here: int = 1  # on this machine; they share these threads
+    pipeline: int = 1  # stages of layers among which the ranks are divided
 
 
 class Peer(Protocol):

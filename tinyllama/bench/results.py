@@ -45,9 +45,8 @@ class Sharing:
     ranks: int
     split: str
     bytes_read: Sequence[int]  # of the weight files, by rank
-    in_collectives: Mapping[
-        str, Sequence[float]
-    ]  # by figure, each rank's share of the time, waiting included
+    # By figure, each rank's share of the time, waiting included; on a GPU, of the time to start them.
+    in_collectives: Mapping[str, Sequence[float]]
     received: Mapping[str, float]  # by figure, bytes a token that each rank received
 
 

@@ -64,7 +64,8 @@ def show_sharing(console: Console, found: Results) -> None:
             )
     console.print("", made)
     console.print("\nthreads: those of one process, or ranks \u00d7 threads of each")
-    console.print("in collectives: share of a rank's time, waiting included")
+    starting = "" if found.run.device == "cpu" else "; on a GPU, of starting them"
+    console.print(f"in collectives: share of a rank's time, waiting included{starting}")
     console.print("received: by a rank, for a token in decoding; read: by a rank, of the weight files")
 
 

@@ -142,12 +142,17 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
         help="how matrices are shared: exact gives the bits of one process, fast sends half as many messages "
         "(default: exact)",
     )
-    group.add_argument(
+    add_pipeline_option(group)
+
+
+def add_pipeline_option(parser: argparse._ActionsContainer) -> None:
+    """Into how many stages several ranks divide the layers; see `load`."""
+    parser.add_argument(
         "--pipeline",
         type=positive,
         metavar="N",
-        help="divide the layers into N stages and the ranks among them, where matrices alone are not enough "
-        "(default: 1)",
+        help="under torchrun, divide the layers into N stages and the ranks among them, where matrices alone "
+        "are not enough (default: 1)",
     )
 
 
