@@ -37,7 +37,7 @@ parity: $(DEV) ## prove it: logits, ids and gradients against transformers and a
 	@$(BIN)/python scripts/parity.py --html parity.html
 
 parallel: $(DEV) ## prove several processes: the trained model on 2 and 3 of them, and ranks that are killed
-	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/parallel
+	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/parallel tests/bench/test_on_ranks.py
 
 notebooks: $(DEV) ## run the walkthrough's notebooks whole, and compare what they print with what is kept
 	@TINYLLAMA_SLOW=1 $(BIN)/python -m pytest tests/walkthrough

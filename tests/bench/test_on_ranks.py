@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.fast.compiled import compiled
+from tests.marks import slow
 from tests.parallel import jobs
 from tests.parallel.test_ends import ended, start
 from tests.parallel.together import in_processes
@@ -77,6 +78,7 @@ def test_what_sharing_costs_is_measured_beside_one_process(tmp_path, folder):
     assert first["threads"] == 2 * SIZE
 
 
+@slow
 def test_the_command_prints_and_writes_what_the_ranks_share(folder, tmp_path):
     sizes = ["--rounds", "1", "--steps", "2", "--contexts", "4", "--prefill", "0", "--rows", "0"]
     status, out, _ = ended(

@@ -107,7 +107,8 @@ def test_a_kernel_that_mixes_groups_is_refused():
 # Processes
 
 
-def test_eight_processes_with_four_layers_of_two_kv_heads(tmp_path):
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=slow), 2])
+def test_eight_processes_with_four_layers_of_two_kv_heads(stages, tmp_path):
     model = tiny_model(**WIDE)
     folder = write(
         tmp_path / "model",
@@ -115,9 +116,9 @@ def test_eight_processes_with_four_layers_of_two_kv_heads(tmp_path):
         **{**WIDE, "vocab_size": 320, "num_hidden_layers": 4, "num_attention_heads": 8},
     )
     (one,) = load_and_compare(None, folder, [{"attention": "eager"}])
-    ways = [{"attention": "eager", "pipeline": stages} for stages in (1, 2)]
-    for ranks in zip(*in_processes(8, tmp_path / "ranks", load_and_compare, folder, ways), strict=True):
-        assert_same(one, list(ranks))
+    ways = [{"attention": "eager", "pipeline": stages}]
+    ranks = [found[0] for found in in_processes(8, tmp_path / "ranks", load_and_compare, folder, ways)]
+    assert_same(one, ranks)
 
 
 TRAINED: dict[int, list[dict[str, Any]]] = {
