@@ -217,12 +217,12 @@ def test_plain_torchrun_ends_too_and_a_rank_says_why(small):
 @compiled
 def test_a_rank_reads_and_keeps_its_part_alone(smollm2_folder):
     """Its peak is at most 1.15 of its share and 300 MB, which Python and PyTorch take."""
-    for options, share in (
+    for how, share in (
         (["--split", "exact"], 258.0),
         (["--split", "fast"], 251.4),
         (["--pipeline", "2"], 269.0),
     ):
-        command = ["scripts/generate.py", "--model", str(smollm2_folder), "-n", "4", "--stats", *options]
+        command = ["scripts/generate.py", "--model", str(smollm2_folder), "-n", "4", "--stats", *how]
         status, _, err = ended(start(*command, "Hi"))
         assert status == 0
         peak, read = (
