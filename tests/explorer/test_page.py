@@ -63,11 +63,18 @@ def tab(browser: Any, port: int, place: str = "", refused: int = 0, **context: A
     assert hosts == {f"127.0.0.1:{port}"}
 
 
+# Two frames later; a browser that takes the page for hidden draws none, and nothing else would end the wait.
+DRAWN = """new Promise((done) => {
+    requestAnimationFrame(() => requestAnimationFrame(done));
+    setTimeout(done, 1000);
+})"""
+
+
 def settle(page: Any) -> None:
     """Wait until nothing is asked for and drawn any more."""
     for _ in range(3):
         until(page, "pending === 0")
-        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        page.evaluate(DRAWN)
 
 
 def until(page: Any, condition: str) -> None:

@@ -242,6 +242,21 @@ def test_without_torchrun_there_are_no_ranks_to_join(monkeypatch):
         options.load(argparse.Namespace(split="fast"))
 
 
+@slow
+@unix
+def test_hosts_with_other_options_are_refused_alike(small):
+    processes = []
+    for number, count in enumerate((["-n", "20"], ["-n", "21"])):
+        about = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1"]
+        launch = [*LAUNCH[:3], *about, "--master-port", "29513", "--nproc-per-node", "1"]
+        processes.append(start("scripts/generate.py", "--model", str(small), *count, "Once", launch=launch))
+    (status, out, err), (other, _, _) = map(ended, processes)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ranks: expected the same options on all of them, got")
+    assert err.count("\n") == 1
+    assert other != 0
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[tuple[str, str]]]:
     """Two network namespaces with a cable between them: name and address of each."""
