@@ -97,8 +97,7 @@ class KVCache:
             Keys and values, each (B, K, S, D).
         """
         T, S = mask.allowed.shape[-2:]
-        layer -= self.first_layer
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer - self.first_layer], self.values[layer - self.first_layer]
         if mask.causal:  # every row ends with its T new tokens: a slice, written twice as fast as by index
             keys.narrow(2, 1 + S - T, T).copy_(k)
             values.narrow(2, 1 + S - T, T).copy_(v)

@@ -98,9 +98,11 @@ def test_thirty_selections_show_what_capture_gives(browser, session, port):
     with tinyllama.capture(model, "layers.*", "layers.*.*", "layers.*.*.*") as seen:
         model(torch.tensor([ids]))
     seen, draw, checked = dict(seen), random.Random(0), 0
-    ask = """([token, layer, head, step]) => new Promise((done) => {
+    ask = """([token, layer, head, step]) => new Promise((done, fail) => {
         select({ token, layer, head, key: 0, step });
+        const end = Date.now() + 10000;
         const wait = () => {
+            if (Date.now() > end) return fail(new Error(`step ${step} of layer ${layer} shows no values`));
             const rows = [...document.querySelectorAll("[data-weight]")];
             const values = [...document.querySelectorAll("#source .value")];
             const filled = values.every((one) => one.querySelector(".stats").textContent);

@@ -67,8 +67,8 @@ EDITS = {
     "interleaved RoPE": ("rope.py", "x.roll(x.shape[-1] // 2, dims=-1)", "x.roll(1, dims=-1)", True),
     "values stored as keys": (
         "cache.py",
-        "self.keys[layer], self.values[layer]",
-        "self.keys[layer], self.keys[layer]",
+        "self.values[layer - self.first_layer]",
+        "self.keys[layer - self.first_layer]",
         True,
     ),
     "scale": ("attention.py", "self.head_dim**-0.5", "0.05", True),
