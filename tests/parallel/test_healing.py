@@ -176,6 +176,31 @@ def test_a_kernel_s_own_weights_begin_as_on_rank_0_and_are_trained():
         assert_equal(state, one)
 
 
+class Sometimes(nn.Module):
+    """A kernel that uses its weight for some windows only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+        used = q.flatten()[0] > 0
+        return CHANGE.kernel(q * self.scale if used else q, k, v, context)
+
+
+def test_a_weight_that_some_windows_leave_unused_has_the_gradient_of_the_others():
+    def trained(ranks: Threads | None = None) -> Healed:
+        change = replace(CHANGE, kernel=Sometimes())
+        with torch.enable_grad():
+            states = heal(tiny_model(), change, TEXT, SETTINGS, 3, None, ranks)
+            return copy.deepcopy(deque(states, maxlen=1)[0])
+
+    one, meeting = trained(), Meeting(3)
+    assert one.weights["layers.1.self_attn.kernel.scale"] != 1.5
+    for state in run_in_threads(3, meeting, lambda rank: trained(Threads(meeting, rank, 3))):
+        assert_equal(state, one)
+
+
 @pytest.mark.parametrize("what", ["kernel", "state to begin with"])
 def test_ranks_that_begin_unlike_are_refused(what):
     meeting, begun = Meeting(2), healed(1)

@@ -103,12 +103,20 @@ def step(
         share = len(part) / len(rows)
         loss = F.cross_entropy(logits.float(), part[:, 1:].flatten()) * share
         loss.backward()
-        for one in _of_every_rank(loss.detach(), ranks)[:counted]:
-            total += one.item()
-        for weight in weights:
-            if weight.grad is not None:  # a kernel may leave a weight of its own unused
-                for gradient in _of_every_rank(weight.grad, ranks)[:counted]:
-                    sums[weight] = sums[weight].add_(gradient) if weight in sums else gradient
+        # A kernel may leave a weight of its own unused: to AdamW that is not a gradient of zeros.
+        mine = [loss.item(), *(weight.grad is not None for weight in weights)]
+        told = _of_every_rank(torch.tensor(mine, dtype=torch.float64), ranks)[:counted]
+        losses, *uses = torch.stack(told).T.tolist()
+        for one in losses:
+            total += one
+        for weight, used in zip(weights, uses, strict=True):
+            if any(used):
+                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                for gradient, counts in zip(_of_every_rank(own, ranks), used, strict=False):
+                    if counts and weight in sums:
+                        sums[weight].add_(gradient)
+                    elif counts:  # without the other ranks' gradients, which lie beside it
+                        sums[weight] = gradient if ranks is None else gradient.clone()
     for weight, gradient in sums.items():
         weight.grad = gradient
     nn.utils.clip_grads_with_norm_(sums, CLIP, norm(list(sums.values())))
@@ -120,7 +128,8 @@ def _of_every_rank(x: Tensor, ranks: Ranks | None) -> list[Tensor]:
     """Every rank's x, in order."""
     if ranks is None:
         return [x]
-    return [one.view(x.shape) for one in ranks.gather(x.reshape(-1), [x.numel()] * ranks.size)]
+    flat = x.to(ranks.device).reshape(-1)
+    return [one.view(x.shape) for one in ranks.gather(flat, [len(flat)] * ranks.size)]
 
 
 def saved_bytes(model: Llama, rows: Tensor, autocast: torch.dtype | None = None) -> int:
