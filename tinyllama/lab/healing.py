@@ -71,6 +71,7 @@ def heal(
             losses = list(start.losses) if start else []
 
             def norm(gradients: list[Tensor]) -> Tensor:
+                """Of all gradients; where processes share the model, each has some of them."""
                 if sharing is None:
                     return nn.utils.get_total_norm(gradients)
                 return sharing.norm({name: one.grad for name, one in weights.items() if one.grad is not None})
@@ -112,7 +113,7 @@ def whole(healed: Healed, model: Llama) -> Healed:
         return healed
     # A rank has no moments of a layer that another stage trains, and takes part all the same.
     parts = {
-        f"{name}.{moment}": healed.moments.get(f"{name}.{moment}", weight.new_empty(weight.shape))
+        f"{name}.{moment}": healed.moments.get(f"{name}.{moment}", torch.zeros_like(weight))
         for name, weight in healed.weights.items()
         for moment in MOMENTS
     }

@@ -54,13 +54,12 @@ def kept_bytes(
         return kept_bytes(kernel.func, q, k, v, context, **kernel.keywords, **settings)
     if isinstance(kernel, ByHead):
         H, K = q.shape[1], k.shape[1]
-        chosen = [head in kernel.heads for head in context.heads]
-        readers = ((kernel.kernel, True), (kernel.others, False))
+        # Heads as this process counts them, which may have some of the layer's only.
+        chosen = [n for n, head in enumerate(context.heads) if head in kernel.heads]
+        others = [n for n in range(H) if n not in chosen]
+        readers = ((kernel.kernel, chosen), (kernel.others, others))
         return sum(
-            kept_bytes(one, q, k, v, context)
-            * len({head * K // H for head, by_kernel in enumerate(chosen) if by_kernel == whether})
-            / K
-            for one, whether in readers
+            kept_bytes(one, q, k, v, context) * len({n * K // H for n in heads}) / K for one, heads in readers
         )
     keep = getattr(kernel, "keep", None)
     kept = (k, v) if keep is None else keep(k, v, context, **settings)
